@@ -1,0 +1,5 @@
+"""``python -m lightning_multinorm``: see `lightning_multinorm.cli`."""
+
+from lightning_multinorm.cli import main
+
+main()

@@ -1,0 +1,94 @@
+"""Progress of a training run: a Rich bar in a terminal, a line now and then where the output is a file or a pipe."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from typing_extensions import override
+
+from lightning_multinorm.callbacks.throughput import Throughput, callbacks
+
+
+class TrainingProgress(RichProgressBar):
+    """Shows loss, tokens seen, tokens per second and time left.
+
+    Args:
+        lines: where the output is no terminal, print this many lines over the run instead of a bar. Default: 20.
+        refresh_rate: see `RichProgressBar`. Default: 4 per second.
+    """
+
+    def __init__(self, lines: int = 20, refresh_rate: int = 4) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+        if lines < 1:
+            raise ValueError(f"lines={lines} must be at least 1")
+        self._lines = lines
+        self._output = Console(soft_wrap=True)
+        self._shown: tuple[float, dict[str, int | str | float | dict[str, float]]] = (0.0, {})
+        self._train_started = (0.0, 0)
+
+    @override
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        # Reading a metric waits for the device, so it is done twice a second, not in every step.
+        if time.monotonic() - self._shown[0] > 0.5:
+            self._shown = (time.monotonic(), dict(_metrics(trainer)))
+        return self._shown[1]
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._train_started = (time.monotonic(), trainer.global_step)
+        if self._output.is_terminal:
+            super().on_train_start(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._output.is_terminal:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            return
+        every = max(1, trainer.max_steps // self._lines) if trainer.max_steps > 0 else 100
+        step = trainer.global_step
+        if step > self._train_started[1] and (step % every == 0 or step == self._train_started[1] + 1):
+            self._print_line(trainer, step)
+
+    @rank_zero_only
+    def _print_line(self, trainer: Trainer, step: int) -> None:
+        total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
+        parts = [f"step {step:>{len(total)}}{total}", *(f"{name} {value}" for name, value in _metrics(trainer).items())]
+        if trainer.max_steps > 0:
+            started, first = self._train_started
+            left = (time.monotonic() - started) / (step - first) * (trainer.max_steps - step)
+            parts.append(f"{duration(left)} left")
+        self._output.print(" · ".join(parts), highlight=False)
+
+
+def _metrics(trainer: Trainer) -> dict[str, str]:
+    values = {}
+    if "train/loss" in trainer.callback_metrics:
+        values["loss"] = f"{trainer.callback_metrics['train/loss'].item():.3f}"
+    for throughput in callbacks(trainer, Throughput):
+        values["tokens"] = quantity(throughput.tokens)
+        values["tokens/s"] = quantity(throughput.tokens_per_second)
+    return values
+
+
+def quantity(number: float) -> str:
+    """A number in three digits or so: 1.23 M."""
+    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """A time in words: 2 h 05 min, or 1 min 07 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,0 +1,87 @@
+"""The command line: fit, validate, test and predict a LLaMA on text, configured in YAML.
+
+``python -m lightning_multinorm fit --config llama60m.yaml --config optimizer/adamw.yaml --trainer.max_steps 100``
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from lightning_multinorm.callbacks import DocumentPerplexity, NormConvergence, RunSummary, Throughput, TrainingProgress
+from lightning_multinorm.configurations import resolve_configs
+from lightning_multinorm.data import TextDataModule
+from lightning_multinorm.errors import UsageError
+from lightning_multinorm.llama import LlamaPretraining
+
+
+class MultiNormCLI(LightningCLI):
+    """LightningCLI with this project's callbacks always there and configurable, and one folder for each run."""
+
+    def __init__(self, args: Sequence[str] | None = None, trainer_class: type[Trainer] = Trainer) -> None:
+        super().__init__(
+            LlamaPretraining,
+            TextDataModule,
+            trainer_class=trainer_class,
+            seed_everything_default=0,
+            args=None if args is None else list(args),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # LlamaPretraining keeps its configuration in the checkpoint itself
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Sections ``run``, ``checkpoint``, ``norm_convergence``, ``throughput``, ``progress`` and ``perplexity``."""
+        parser.add_argument("--run.root", type=str, default="runs", help="Folder that all runs lie in.")
+        parser.add_argument("--run.name", type=str, default="llama", help="Folder of this run's versions, in run.root.")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {"checkpoint.monitor": "val/loss", "checkpoint.filename": "best-{step}", "checkpoint.save_last": True}
+        )
+        parser.add_lightning_class_args(NormConvergence, "norm_convergence")
+        parser.add_lightning_class_args(Throughput, "throughput")
+        parser.add_lightning_class_args(TrainingProgress, "progress")
+        parser.add_lightning_class_args(DocumentPerplexity, "perplexity")
+
+    def before_instantiate_classes(self) -> None:
+        """Only a training run has a folder to keep its configuration in."""
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with loggers in the run's folder unless the configuration names its own."""
+        config = self.config_init[self.subcommand]
+        logger = config.trainer.logger
+        if logger in (None, True):
+            logger = _loggers(config.run.root, config.run.name) if self.subcommand == "fit" else False
+        callbacks = [*(config.trainer.callbacks or []), RunSummary()]
+        if logger:
+            callbacks.append(LearningRateMonitor("step"))
+        if config.trainer.enable_progress_bar is False:
+            config.progress.disable()  # Lightning would refuse the combination
+        return super().instantiate_trainer(logger=logger, callbacks=callbacks, enable_progress_bar=True, **kwargs)
+
+
+def _loggers(root: str, name: str) -> list[Logger]:
+    """TensorBoard and CSV, in a new folder ``root/name/version_N``."""
+    tensorboard = TensorBoardLogger(root, name=name)
+    return [tensorboard, CSVLogger(root, name=name, version=Path(tensorboard.log_dir).name)]
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; an error of usage ends in one line and exit status 2.
+
+    Args:
+        args: arguments; default: those of the process.
+    """
+    try:
+        if args is None:
+            sys.argv[1:] = resolve_configs(sys.argv[1:])  # where Lightning and the processes that it starts look
+        MultiNormCLI(None if args is None else resolve_configs(args))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

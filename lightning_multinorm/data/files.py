@@ -1,0 +1,191 @@
+"""Local text files: which ones a path, folder or glob means, and the documents in each of them.
+
+Stands on `errors` alone; `sources` makes streams of what is read here.
+"""
+
+import glob
+import gzip
+import json
+import os
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lightning_multinorm.data.errors import DataError
+
+# Directories of the standard library that hold its tests, or are not the standard library at all.
+_NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def _read_text(path: str, text_field: str) -> Iterator[str]:
+    try:
+        yield Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text; convert it (iconv -t utf-8) or leave it out.") from None
+
+
+def _read_source_code(path: str, text_field: str) -> Iterator[str]:
+    # A source file in another encoding is legal Python, so one of them is no reason to stop.
+    try:
+        yield Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return
+
+
+def _parse_lines(lines: Iterable[bytes], path: str, text_field: str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if line.isspace():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            raise DataError(f"{path}, line {number}: not JSON; the file must hold one JSON object a line.") from None
+        text = record.get(text_field) if type(record) is dict else None
+        if type(text) is not str:
+            found = ", ".join(record) if type(record) is dict else type(record).__name__
+            raise DataError(
+                f"{path}, line {number}: no text under the key {text_field!r} (found: {found}); "
+                "set --data.text_field to the key that holds the text."
+            )
+        yield text
+
+
+def _read_json_lines(path: str, text_field: str) -> Iterator[str]:
+    with open(path, "rb") as lines:
+        yield from _parse_lines(lines, path, text_field)
+
+
+def _read_gzip_json_lines(path: str, text_field: str) -> Iterator[str]:
+    try:
+        with gzip.open(path, "rb") as lines:
+            yield from _parse_lines(lines, path, text_field)
+    except (gzip.BadGzipFile, EOFError):
+        raise DataError(f"{path} is not a complete gzip file; copy it again or leave it out.") from None
+
+
+def _read_parquet(path: str, text_field: str) -> Iterator[str]:
+    try:
+        with pq.ParquetFile(path) as table:
+            if text_field not in table.schema_arrow.names:
+                raise DataError(
+                    f"{path}: no column {text_field!r} (found: {', '.join(table.schema_arrow.names)}); "
+                    "set --data.text_field to the column that holds the text."
+                )
+            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    except pa.ArrowInvalid:
+        raise DataError(f"{path} is not a Parquet file; copy it again or leave it out.") from None
+
+
+# File name endings and how to read them. Any mixture is fine: only the text leaves the reader.
+_READERS: dict[str, Callable[[str, str], Iterator[str]]] = {
+    ".txt": _read_text,
+    ".py": _read_source_code,
+    ".jsonl": _read_json_lines,
+    ".json": _read_json_lines,
+    ".jsonl.gz": _read_gzip_json_lines,
+    ".json.gz": _read_gzip_json_lines,
+    ".parquet": _read_parquet,
+}
+
+_WHOLE_FILES = {".txt", ".py", None}  # kinds of which a file is one document
+
+
+def _suffix(path: str) -> str | None:
+    return next((suffix for suffix in _READERS if path.endswith(suffix)), None)
+
+
+def read_documents(path: str, text_field: str) -> Iterator[str]:
+    """The documents of one file, in its order.
+
+    Args:
+        path: A local file; an ending that is not known is read as plain text.
+        text_field: Key (JSON lines) or column (Parquet) that holds the text.
+
+    Yields:
+        One text per file, line or row, depending on the kind.
+
+    Raises:
+        DataError: If the file is broken or has no such key or column.
+    """
+    try:
+        yield from _READERS[_suffix(path) or ".txt"](path, text_field)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}); check the path and its rights.") from None
+
+
+def name_documents(paths: list[str], text_field: str) -> tuple[list[str], list[str]]:
+    """The documents of several files with a name for each: the file's, and ":n" for the n-th line or row.
+
+    Args:
+        paths: Files; one of no known kind is read as plain text.
+        text_field: As in `read_documents`.
+
+    Returns:
+        Names and texts.
+
+    Raises:
+        DataError: If a file cannot be read.
+    """
+    names: list[str] = []
+    texts: list[str] = []
+    for path in paths:
+        for number, text in enumerate(read_documents(path, text_field), start=1):
+            names.append(path if _suffix(path) in _WHOLE_FILES else f"{path}:{number}")
+            texts.append(text)
+    return names, texts
+
+
+def _match(pattern: str) -> list[str]:
+    path = os.path.expanduser(pattern)
+    if os.path.isdir(path):
+        inside = glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True)
+        # A folder may hold a README or checksums; only what is asked for by name must be readable.
+        return [name for name in inside if os.path.isfile(name) and _suffix(name)]
+    if os.path.isfile(path):
+        return [path]
+    return [name for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
+
+
+def find_files(patterns: str | list[str], parameter: str) -> list[str]:
+    """The files that paths, folders (searched recursively) and globs stand for.
+
+    Args:
+        patterns: One pattern or a list of them.
+        parameter: The user's name of this setting, for messages ("data.source").
+
+    Returns:
+        Sorted, each file once.
+
+    Raises:
+        DataError: If a pattern matches nothing, or a file's kind is not known.
+    """
+    found: set[str] = set()
+    for pattern in [patterns] if type(patterns) is str else patterns:
+        matches = _match(pattern)
+        if not matches:
+            raise DataError(
+                f"{parameter}: {pattern!r} matches no file ending in {', '.join(_READERS)}; give an existing file, "
+                'a folder, a quoted glob, or one of the names "stdlib" and "c4".'
+            )
+        for name in matches:
+            if _suffix(name) is None:
+                raise DataError(
+                    f"{parameter}: {name} is of no known kind; rename or convert it to one of {', '.join(_READERS)}."
+                )
+        found.update(matches)
+    if not found:
+        raise DataError(f"{parameter}: the list is empty; name at least one file, folder or glob.")
+    return sorted(found)
+
+
+def stdlib_files() -> list[str]:
+    """The Python standard library's own modules on this machine, without their tests (about 12 MB)."""
+    found: list[str] = []
+    for folder, subfolders, names in os.walk(sysconfig.get_paths()["stdlib"]):
+        subfolders[:] = [name for name in subfolders if name not in _NOT_STDLIB]
+        found.extend(os.path.join(folder, name) for name in names if name.endswith(".py"))
+    return sorted(found)

@@ -1,0 +1,84 @@
+"""Documents' tokens into rows of equal length without padding. Pure functions on arrays; calls nothing.
+
+T = sequence length. A row has T + 1 tokens: the first T are inputs, the last T their targets.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORED = -100  # the label that torch's cross-entropy leaves out; in a row it marks "no token here"
+
+Tokens = NDArray[np.int64]
+
+
+def join(documents: Sequence[Sequence[int]], end_of_text: int) -> Tokens:
+    """One stream out of several documents, each followed by the end-of-text token.
+
+    Args:
+        documents: Token ids of each document.
+        end_of_text: Id put after each of them.
+
+    Returns:
+        Shape (sum of lengths + number of documents,).
+    """
+    count = sum(map(len, documents)) + len(documents)
+    closing = (end_of_text,)
+    parts = chain.from_iterable(chain(document, closing) for document in documents)
+    return np.fromiter(parts, dtype=np.int64, count=count)
+
+
+def pack(stream: Tokens, sequence_length: int) -> tuple[Tokens, Tokens]:
+    """Cut a stream into rows which overlap by one token: row k is `stream[k*T : k*T + T + 1]`.
+
+    The overlap makes every token but the stream's first a target exactly once. What does not fill a row is
+    returned to be put before the next documents.
+
+    Args:
+        stream: Shape (tokens,).
+        sequence_length: T.
+
+    Returns:
+        The rows, shape (rows, T + 1), and the rest of the stream, which starts with the last row's last token.
+    """
+    rows = max(0, (len(stream) - 1) // sequence_length)
+    if rows == 0:
+        return np.empty((0, sequence_length + 1), dtype=np.int64), stream
+    windows = np.lib.stride_tricks.sliding_window_view(stream, sequence_length + 1)
+    return windows[::sequence_length][:rows].copy(), stream[rows * sequence_length :]
+
+
+def pack_all(stream: Tokens, sequence_length: int) -> Tokens:
+    """Like `pack`, but the rest becomes one more row, filled up with `IGNORED`.
+
+    Args:
+        stream: Shape (tokens,).
+        sequence_length: T.
+
+    Returns:
+        Shape (ceil((tokens - 1) / T), T + 1).
+    """
+    rows, rest = pack(stream, sequence_length)
+    if len(rest) < 2:  # a lone token has nothing to predict
+        return rows
+    last = np.full((1, sequence_length + 1), IGNORED, dtype=np.int64)
+    last[0, : len(rest)] = rest
+    return np.concatenate([rows, last])
+
+
+def share_of_rank(rows: Tokens, rank: int, world_size: int) -> Tokens:
+    """Every `world_size`-th row, filled up with rows of `IGNORED` to the same number on each rank.
+
+    Args:
+        rows: Shape (rows, ...), the same on each rank.
+        rank: This process.
+        world_size: Number of processes.
+
+    Returns:
+        Shape (ceil(rows / world_size), ...); over all ranks each row once.
+    """
+    own = rows[rank::world_size]
+    missing = -(-len(rows) // world_size) - len(own)
+    return np.concatenate([own, np.full((missing, *rows.shape[1:]), IGNORED, dtype=np.int64)])

@@ -1,0 +1,204 @@
+"""The LightningModule that pretrains a LLaMA. Data and optimizers meet here, and in the command line."""
+
+from typing import Any, Self
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import LlamaForCausalLM
+
+from lightning_multinorm.data import TextDataModule
+from lightning_multinorm.errors import UsageError
+from lightning_multinorm.llama.loss import IGNORE, TokenLoss, token_losses
+from lightning_multinorm.llama.sizes import Size, config_fields, llama_config
+from lightning_multinorm.optim import SinkGD, parameter_groups
+from lightning_multinorm.optim.groups import Rule
+from lightning_multinorm.optim.hyperparameters import hyperparameters, restore_hyperparameters
+from lightning_multinorm.schedules import WarmupCosine, WarmupSchedule
+
+Batch = dict[str, Tensor]
+_SHAPE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+)
+
+
+class LlamaPretraining(LightningModule):
+    """Pretrains transformers' `LlamaForCausalLM` on packed rows of tokens.
+
+    A batch is a dictionary with "input_ids" (B, T), "labels" (B, T), already shifted, -100 where nothing is to be
+    predicted, and optionally "bytes" (B,), the UTF-8 length of the text that the labels stand for.
+
+    Logs ``train/loss`` in nats per token, and ``val/loss``, ``val/perplexity``, ``val/bits_per_byte`` (``test/...``
+    likewise), exact over batches and ranks.
+
+    Args:
+        size: a size of the papers' benchmark: 60m, 130m, 350m, 1b or 7b. Null starts from the 60m's fields.
+        config: fields of transformers' `LlamaConfig` that differ from the size's.
+        optimizer: called with parameter groups; by class path in YAML.
+        scheduler: called with the optimizer, stepped after every optimizer step; null for a constant rate. A
+            `WarmupSchedule` without total_steps gets the trainer's.
+        rules: regular expressions on parameter names to rules ("multinorm", "adam"), before the papers' policy; first
+            match wins.
+
+    Raises:
+        UsageError: for an unknown size or field of the configuration.
+    """
+
+    def __init__(
+        self,
+        size: Size | None = "60m",
+        config: dict[str, Any] | None = None,
+        optimizer: OptimizerCallable = SinkGD,
+        scheduler: LRSchedulerCallable | None = WarmupCosine,
+        rules: dict[str, Rule] | None = None,
+    ) -> None:
+        super().__init__()
+        # No save_hyperparameters(): the command line would let a checkpoint's values beat those given to it.
+        self.llama_config = llama_config(size, config)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.rules = rules
+        self.model: LlamaForCausalLM | None = None
+        self.val = TokenLoss()
+        self.test = TokenLoss()
+        self._configured: list[dict[str, Any]] = []
+
+    def configure_model(self) -> None:
+        """Build the model once, on the device and in the precision that the trainer's strategy asks for."""
+        if self.model is None:
+            self.model = LlamaForCausalLM(self.llama_config)
+
+    def setup(self, stage: str) -> None:
+        """Refuse text that does not fit the model.
+
+        Raises:
+            UsageError: for a tokenizer with more ids than the vocabulary, or rows longer than the positions.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, TextDataModule):
+            return
+        config = self.llama_config
+        if data.text_vocab_size > config.vocab_size:
+            raise UsageError(
+                f"the tokenizer has {data.text_vocab_size} ids, the model only {config.vocab_size}: raise "
+                f"--model.config.vocab_size to {data.text_vocab_size}, or take a smaller tokenizer"
+            )
+        if data.sequence_length > config.max_position_embeddings:
+            raise UsageError(
+                f"data.sequence_length={data.sequence_length} is longer than "
+                f"model.config.max_position_embeddings={config.max_position_embeddings}; change one of them"
+            )
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits (B, T, vocabulary) for tokens (B, T)."""
+        assert self.model is not None, "configure_model() has not run"
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss per predicted token."""
+        losses = token_losses(self(batch["input_ids"]), batch["labels"])
+        loss = losses.sum() / (batch["labels"] != IGNORE).sum()
+        self.log("train/loss", loss.detach(), sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the validation loss."""
+        self._evaluate(self.val, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation loss."""
+        self._log_evaluation("val", self.val)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the test loss."""
+        self._evaluate(self.test, batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test loss."""
+        self._log_evaluation("test", self.test)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Per row: its "document" and the "nats", "tokens" and "bytes" of what it predicts, each (B,)."""
+        losses = token_losses(self(batch["input_ids"]), batch["labels"])
+        return {
+            "document": batch["document"],
+            "nats": losses.sum(-1, dtype=torch.float64),
+            "tokens": (batch["labels"] != IGNORE).sum(-1),
+            "bytes": batch["bytes"],
+        }
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer on the papers' parameter groups, and its schedule, counted in steps."""
+        optimizer = self.optimizer(parameter_groups(self, overrides=self.rules))
+        self._configured = hyperparameters(optimizer)
+        if self.scheduler is None:
+            return optimizer
+        scheduler = self.scheduler(optimizer)
+        if isinstance(scheduler, WarmupSchedule) and scheduler.total_steps is None:
+            steps = self.trainer.estimated_stepping_batches
+            if steps == float("inf"):
+                raise UsageError(
+                    "the trainer runs without end, so the schedule has no length: set trainer.max_steps, or the "
+                    "schedule's total_steps"
+                )
+            scheduler.total_steps = int(steps)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """After a checkpoint was loaded: the configured hyper-parameters hold, not the checkpoint's."""
+        if self.trainer.ckpt_path is not None:
+            schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+            restore_hyperparameters(self.trainer.optimizers[0], schedulers, self._configured)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the model's configuration beside its weights."""
+        checkpoint["llama_config"] = self.llama_config.to_diff_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights of another shape in one sentence.
+
+        Raises:
+            UsageError: naming the fields in which checkpoint and configuration differ.
+        """
+        saved = checkpoint.get("llama_config", {})
+        configured = {field: getattr(self.llama_config, field) for field in _SHAPE_FIELDS}
+        differing = [
+            f"{field}={saved[field]} in the checkpoint, {value} in the configuration"
+            for field, value in configured.items()
+            if saved.get(field, value) != value
+        ]
+        if differing:
+            raise UsageError(f"the checkpoint holds another model: {'; '.join(differing)}. Give the --config it had")
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Load a trained model; its size and configuration, if not given, are the checkpoint's own.
+
+        Args:
+            checkpoint_path: a checkpoint file.
+            *args: as in Lightning.
+            **kwargs: as in Lightning, and arguments of the constructor.
+        """
+        if not kwargs.keys() & {"size", "config"}:
+            saved = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)["llama_config"]
+            kwargs |= {"size": None, "config": {k: v for k, v in saved.items() if k in config_fields()}}
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def _evaluate(self, metric: TokenLoss, batch: Batch) -> None:
+        metric.update(token_losses(self(batch["input_ids"]), batch["labels"]), batch["labels"], batch.get("bytes"))
+
+    def _log_evaluation(self, stage: str, metric: TokenLoss) -> None:
+        values = {f"{stage}/{name}": value.float() for name, value in metric.compute().items()}
+        metric.reset()
+        self.log_dict(values, sync_dist=True)

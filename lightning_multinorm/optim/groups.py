@@ -1,0 +1,153 @@
+"""From a model, or from parameter names, to parameter groups: which rule updates which parameter.
+
+A group is a plain dictionary, as `torch.optim` takes it, with the keys ``name``, ``rule``, ``view`` and ``params``
+(named); ``lr``, ``lr_scale`` and ``weight_decay`` may be added to it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from lightning_multinorm.optim.routing import Kind, Route, route_by_name, route_by_shape, route_model
+from lightning_multinorm.optim.views import check_view
+
+Rule = Literal["multinorm", "adam"]
+Group = dict[str, Any]
+
+PAPER: Mapping[Kind, Rule] = {
+    "matrix": "multinorm",
+    "embedding": "adam",
+    "head": "adam",
+    "norm": "adam",
+    "bias": "adam",
+}
+"""The papers' policy: multi-normalise the matrices of attention and MLP, Adam for everything else."""
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    policy: Literal["paper"] | Mapping[Kind, Rule] = "paper",
+    overrides: Mapping[str, Rule] | None = None,
+    split_qkv: bool = True,
+) -> list[Group]:
+    """Group the trainable parameters of a model by what they are, for `SinkGD` and its family, or any optimizer.
+
+    Args:
+        model: any module; parameters are told apart by the modules that own them, see `routing.route_model`.
+        policy: the rule of each kind of parameter: "paper" (default: matrices "multinorm", all else "adam") or a
+            mapping that changes the rule of some kinds, such as ``{"embedding": "multinorm"}``.
+        overrides: regular expressions, searched for in the parameters' names, to rules; the first that matches wins
+            over the policy.
+        split_qkv: normalise the packed q, k and v of `torch.nn.MultiheadAttention` each for itself (default), as the
+            paper does with LLaMA's separate ones, instead of as one matrix.
+
+    Returns:
+        Groups ``{"name", "rule", "view", "params": [(name, parameter), ...]}``, in the order of the model.
+
+    Raises:
+        ValueError: for an unknown kind or rule, an override that matches nothing, or a vector that is to be
+            multi-normalised.
+    """
+    rules = _rules(policy)
+    overrides = overrides or {}
+    _check_overrides(overrides, [name for name, _ in model.named_parameters()])
+    routes = route_model(model, split_qkv=split_qkv)
+    groups: dict[str, Group] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        route = routes[name]
+        rule = next((rule for pattern, rule in overrides.items() if re.search(pattern, name)), rules[route.kind])
+        _add(groups, name, parameter, route, rule, default=rules[route.kind])
+    return list(groups.values())
+
+
+def resolve(group: Group, owner: str) -> tuple[list[Group], bool]:
+    """Split what a user handed to an optimizer into groups of one rule and one view each.
+
+    Args:
+        group: with "params" (parameters, or (name, parameter) pairs) and any of the keys of a group. A group with a
+            "rule" keeps it; one without is routed by names, or else by shapes alone.
+        owner: name of the optimizer, for messages.
+
+    Returns:
+        The groups, and whether matrices had to be told apart by shape alone.
+    """
+    params = group["params"]
+    entries = [params] if isinstance(params, Tensor) else list(params)
+    if {"rule", "view"} <= group.keys():
+        if group["rule"] not in get_args(Rule):
+            raise ValueError(f"{owner}: rule={group['rule']!r} is unknown; use one of {', '.join(get_args(Rule))}")
+        return [{**group, "params": entries}], False
+    shared = {key: value for key, value in group.items() if key != "params"}
+    parts: dict[str, Group] = {}
+    for entry in entries:
+        name, parameter = entry if isinstance(entry, tuple) else (None, entry)
+        route = route_by_shape(parameter) if name is None else route_by_name(name, parameter)
+        rule = group.get("rule", PAPER[route.kind])
+        _add(parts, name, parameter, route, rule, default=rule)
+    nameless = "rule" not in group and any(not isinstance(entry, tuple) for entry in entries)
+    unlabelled = [{**part, **shared} for part in parts.values()] or [{**shared, "params": [], "rule": "adam"}]
+    return unlabelled, nameless
+
+
+def routing_table(groups: Iterable[Group]) -> str:
+    """The routing as text: one line per parameter with its shape, group, rule and view, and the totals."""
+    rows = [("parameter", "shape", "group", "rule", "as")]
+    totals: dict[str, int] = {}
+    for group in groups:
+        for name, parameter in _named(group):
+            shape = "×".join(map(str, parameter.shape))
+            rows.append((name, shape, group["name"], group["rule"], group["view"] if group["rule"] != "adam" else ""))
+            totals[group["rule"]] = totals.get(group["rule"], 0) + parameter.numel()
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines + [f"{rule}: {count:,} parameters" for rule, count in totals.items()])
+
+
+def _named(group: Group) -> Sequence[tuple[str, Tensor]]:
+    params = list(group["params"])
+    if params and isinstance(params[0], tuple):
+        return params
+    return list(zip(group.get("param_names", [f"#{i}" for i in range(len(params))]), params, strict=True))
+
+
+def _add(
+    groups: dict[str, Group], name: str | None, parameter: Tensor, route: Route, rule: Rule, default: Rule
+) -> None:
+    view = route.view if rule == "multinorm" else "matrix"
+    label = route.kind if view == "matrix" else f"{route.kind}-{view}"
+    if rule != default:
+        label += f"-{rule}"
+    if rule == "multinorm":
+        try:
+            check_view(parameter, route.view)
+        except ValueError as error:
+            raise ValueError(f"{name or 'a parameter'} cannot be multi-normalised: {error}; give it 'adam'") from None
+    group = groups.setdefault(label, {"name": label, "rule": rule, "view": view, "params": []})
+    group["params"].append(parameter if name is None else (name, parameter))
+
+
+def _rules(policy: Literal["paper"] | Mapping[Kind, Rule]) -> dict[Kind, Rule]:
+    if isinstance(policy, str):
+        if policy != "paper":
+            raise ValueError(f"policy={policy!r} is unknown; use 'paper' or a mapping of kinds to rules")
+        policy = {}
+    for kind, rule in policy.items():
+        if kind not in get_args(Kind) or rule not in get_args(Rule):
+            raise ValueError(
+                f"policy has {kind!r}: {rule!r}; kinds are {', '.join(get_args(Kind))}, "
+                f"rules are {', '.join(get_args(Rule))}"
+            )
+    return {**PAPER, **policy}
+
+
+def _check_overrides(overrides: Mapping[str, Rule], names: list[str]) -> None:
+    for pattern, rule in overrides.items():
+        if rule not in get_args(Rule):
+            raise ValueError(f"overrides[{pattern!r}]={rule!r} is no rule; use one of {', '.join(get_args(Rule))}")
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(f"overrides[{pattern!r}] matches no parameter; names are such as {names[:3]}")

@@ -1,0 +1,68 @@
+"""MNGD: gradient descent with any list of norms (arXiv:2502.06742, Algorithm 2)."""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_multinorm.alternating import Trace, multi_normalize
+from lightning_multinorm.norms import Norm
+from lightning_multinorm.optim.base import MultiNormOptimizer, apply_normalized_
+from lightning_multinorm.optim.groups import Group
+
+
+@final
+class MultiNormGD(MultiNormOptimizer):
+    """Gradient descent with gradients normalised by several norms in turn; no state on matrices.
+
+    ``W <- W - lr · matrix_lr_scale · MultiNorm(G, L, norms)`` for matrices (m, n); Adam for everything else
+    (arXiv:2502.06742, Algorithm 2). For rows and columns `SinkGD` does the same faster.
+
+    Args:
+        params: as for `SinkGD`.
+        norms: the norms, applied in this order, for example ``[RowNorm(), SpectralNorm()]``.
+        lr: learning rate of all groups (default: 0.02).
+        matrix_lr_scale: a matrix changes by ``lr · matrix_lr_scale`` RMS per entry and step (default: 0.05).
+        iterations: L (default: 5).
+        weight_decay: decoupled, times the effective learning rate, on every group (default: 0).
+        betas: Adam's, for what is not a matrix (default: (0.9, 0.999)).
+        eps: Adam's, likewise (default: 1e-8).
+        fallback_lr_scale: Adam's learning rate is ``lr · fallback_lr_scale`` (default: 1).
+
+    Raises:
+        ValueError: for no norms, hyper-parameters out of range, an unknown rule, or a rule that does not fit a shape.
+        TypeError: for complex or integer parameters.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        norms: Sequence[Norm],
+        lr: float | Tensor = 0.02,
+        matrix_lr_scale: float = 0.05,
+        iterations: int = 5,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        fallback_lr_scale: float = 1.0,
+    ) -> None:
+        if not norms:
+            raise ValueError("MultiNormGD: norms is empty; give at least one, such as RowNorm()")
+        self.norms = tuple(norms)
+        defaults = {"lr": lr, "iterations": iterations, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        super().__init__(params, defaults, matrix_lr_scale=matrix_lr_scale, fallback_lr_scale=fallback_lr_scale)
+
+    def _update_(
+        self, weights: Sequence[Tensor], gradients: Sequence[Tensor], group: Group, lr: float | Tensor, observe: bool
+    ) -> Trace | None:
+        def normalize(G: Tensor) -> tuple[Tensor, Trace | None]:
+            if observe:
+                return multi_normalize(G, self.norms, group["iterations"], return_trace=True)
+            return multi_normalize(G, self.norms, group["iterations"]), None
+
+        return apply_normalized_(weights, gradients, normalize, lr=lr, weight_decay=group["weight_decay"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "norms": self.norms}

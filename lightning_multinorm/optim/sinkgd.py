@@ -1,0 +1,65 @@
+"""SinkGD: SGD with SR-Sinkhorn-normalised gradients (arXiv:2502.06742, Algorithm 4)."""
+
+from collections.abc import Sequence
+from typing import final
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_multinorm import sinkhorn
+from lightning_multinorm.alternating import Trace
+from lightning_multinorm.optim.base import MultiNormOptimizer
+from lightning_multinorm.optim.groups import Group
+
+
+@final
+class SinkGD(MultiNormOptimizer):
+    """Gradient descent with rows and columns of the gradient normalised in turn; no state on matrices.
+
+    ``W <- W - lr · matrix_lr_scale · SR-Sinkhorn(G)`` for matrices (m, n), whose update has entries of RMS 1;
+    Adam for embeddings, output head, norms and biases (arXiv:2502.06742, Algorithm 4, and its experiments).
+
+    Args:
+        params: ``model.named_parameters()`` (names choose the rule), ``parameter_groups(model)`` (modules choose it),
+            groups with a "rule", or ``model.parameters()`` (all of two or more dimensions is normalised; warns).
+        lr: learning rate of all groups (default: 0.02, the value that implementations of the paper agree on).
+        matrix_lr_scale: the paper's α; a matrix changes by ``lr · matrix_lr_scale`` RMS per entry and step
+            (default: 0.05, so 1e-3 at the peak).
+        iterations: L, alternations of rows and columns (default: 5).
+        weight_decay: decoupled, times the effective learning rate, on every group (default: 0).
+        betas: Adam's, for what is not a matrix (default: (0.9, 0.999)).
+        eps: Adam's, likewise (default: 1e-8).
+        fallback_lr_scale: Adam's learning rate is ``lr · fallback_lr_scale`` (default: 1: one lr for all).
+
+    Raises:
+        ValueError: for hyper-parameters out of range, an unknown rule, or a rule that does not fit a shape.
+        TypeError: for complex or integer parameters.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.02,
+        matrix_lr_scale: float = 0.05,
+        iterations: int = 5,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        fallback_lr_scale: float = 1.0,
+    ) -> None:
+        defaults = {"lr": lr, "iterations": iterations, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        super().__init__(params, defaults, matrix_lr_scale=matrix_lr_scale, fallback_lr_scale=fallback_lr_scale)
+
+    def _update_(
+        self, weights: Sequence[Tensor], gradients: Sequence[Tensor], group: Group, lr: float | Tensor, observe: bool
+    ) -> Trace | None:
+        residuals = sinkhorn.update_(
+            weights,
+            gradients,
+            lr=lr,
+            weight_decay=group["weight_decay"],
+            iterations=group["iterations"],
+            trace=observe,
+        )
+        return None if residuals is None else Trace(("row", "column"), residuals)

@@ -1,0 +1,92 @@
+"""SWAN: SGD with row-normalised, whitened gradients (arXiv:2412.13148, Algorithm 1)."""
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_multinorm.alternating import Trace
+from lightning_multinorm.norms import FrobeniusNorm, RowNorm, SpectralNorm
+from lightning_multinorm.optim.base import MultiNormOptimizer, apply_normalized_
+from lightning_multinorm.optim.groups import Group
+from lightning_multinorm.whitening import Orthogonalization
+
+_NORMS = (RowNorm(), SpectralNorm("newton_schulz", k=20, beta=0.5))  # what the residuals are measured against
+
+
+@final
+class SWAN(MultiNormOptimizer):
+    """Gradient descent with gradients normalised by rows and then whitened; no state on matrices.
+
+    ``W <- W - lr · matrix_lr_scale · √(mn) · X / ‖X‖_F`` with ``X = GradWhitening(GradNorm(G))``, an update with
+    entries of RMS 1 for matrices (m, n); Adam for everything else (arXiv:2412.13148, Algorithms 1 to 3). In the terms
+    of arXiv:2502.06742 this is MultiNorm with the row and the spectral norm, L = 1.
+
+    Args:
+        params: as for `SinkGD`.
+        lr: learning rate of all groups (default: 0.02).
+        matrix_lr_scale: a matrix changes by ``lr · matrix_lr_scale`` RMS per entry and step (default: 0.05).
+        whitening: "newton_schulz" (default) or "svd", the exact polar factor.
+        k: Newton–Schulz iterations (default: 10).
+        beta: Newton–Schulz step β (default: 0.8; 0.5 converges to the exact factor, but needs more iterations).
+        center: subtract each row's mean in GradNorm. Default: False; the paper's first version did.
+        weight_decay: decoupled, times the effective learning rate, on every group (default: 0).
+        betas: Adam's, for what is not a matrix (default: (0.9, 0.999)).
+        eps: Adam's, likewise (default: 1e-8).
+        fallback_lr_scale: Adam's learning rate is ``lr · fallback_lr_scale`` (default: 1).
+
+    Raises:
+        ValueError: for hyper-parameters out of range, an unknown rule, or a rule that does not fit a shape.
+        TypeError: for complex or integer parameters.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.02,
+        matrix_lr_scale: float = 0.05,
+        whitening: Orthogonalization = "newton_schulz",
+        k: int = 10,
+        beta: float = 0.8,
+        center: bool = False,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        fallback_lr_scale: float = 1.0,
+    ) -> None:
+        SpectralNorm(whitening)  # refuses an unknown one
+        if k < 1:
+            raise ValueError(f"SWAN: k={k} must be at least 1")
+        if not 0 < beta <= 0.8:
+            raise ValueError(f"SWAN: beta={beta} must be in (0, 0.8]; beyond, the iteration diverges")
+        defaults = {
+            "lr": lr,
+            "whitening": whitening,
+            "k": k,
+            "beta": beta,
+            "center": center,
+            "weight_decay": weight_decay,
+            "betas": betas,
+            "eps": eps,
+        }
+        super().__init__(params, defaults, matrix_lr_scale=matrix_lr_scale, fallback_lr_scale=fallback_lr_scale)
+
+    def _update_(
+        self, weights: Sequence[Tensor], gradients: Sequence[Tensor], group: Group, lr: float | Tensor, observe: bool
+    ) -> Trace | None:
+        spectral = SpectralNorm(group["whitening"], group["k"], group["beta"])
+
+        def normalize(G: Tensor) -> tuple[Tensor, Trace | None]:
+            X = RowNorm().project(G)
+            if group["center"]:
+                X = RowNorm().project(X - X.mean(-1, keepdim=True))
+            X = FrobeniusNorm().project(spectral.project(X))
+            if not observe:
+                return X, None
+            residuals = torch.stack([norm.residual(X) for norm in _NORMS], dim=-1)
+            return X, Trace(tuple(norm.name for norm in _NORMS), residuals.unsqueeze(-2))
+
+        return apply_normalized_(weights, gradients, normalize, lr=lr, weight_decay=group["weight_decay"])

@@ -1,0 +1,37 @@
+"""Powers of two that bring numbers into the middle of the floating-point range, and the dtype to compute in.
+
+Squares of entries around 1e-25 or 1e+25 leave float32. Multiplying by a power of two first is exact, so it changes no
+bit of a scale-free result: this is how every path here stays exact over the whole range.
+"""
+
+import torch
+from torch import Tensor
+
+
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """float32 for half, bfloat16 and float32 input, float64 for float64.
+
+    Raises:
+        TypeError: for complex and integer tensors.
+    """
+    if not tensor.is_floating_point():
+        raise TypeError(f"expected a real floating-point matrix, got dtype {tensor.dtype}")
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
+
+
+def inverse_power_of_two(magnitude: Tensor) -> Tensor:
+    """For each a >= 0 the power of two p with a · p in [1/2, 1); 1 for a = 0, and for what is not finite.
+
+    p stays within the normal range of the dtype, so a subnormal a ends below 1/2, far from underflow when squared.
+    """
+    mantissa, _ = torch.frexp(magnitude)
+    smallest = torch.finfo(magnitude.dtype).smallest_normal
+    power = (mantissa / magnitude).clamp(smallest, 1 / smallest)  # a = mantissa · 2^e, so this quotient is exact
+    return torch.where((magnitude > 0) & magnitude.isfinite(), power, 1)
+
+
+def power_of_two(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:
+    """`inverse_power_of_two` of the largest magnitude over dim, which is kept: (..., m, n) -> (..., m, 1) for -1."""
+    if matrix.numel() == 0:
+        return torch.ones_like(matrix.sum(dim, keepdim=True))
+    return inverse_power_of_two(torch.linalg.vector_norm(matrix, float("inf"), dim=dim, keepdim=True))

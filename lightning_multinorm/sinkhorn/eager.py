@@ -1,0 +1,184 @@
+"""SR-Sinkhorn in factored form, in plain PyTorch: works on any device and dtype, allocates vectors and one block.
+
+The iterate is always ``diag(r) G diag(c)``. On the squares S = G∘G, with u = r∘r and v = c∘c, one iteration of
+arXiv:2502.06742, Algorithm 3 is the classic Sinkhorn–Knopp step for row sums n and column sums m,
+
+    u_i = n / (S v)_i ,    v_j = m / (Sᵀ u)_j ,
+
+so an iteration reads G once, and the update of the weight once more. G is read in blocks of rows; nothing the size of G
+is allocated unless G itself is smaller than a block.
+
+Legend: G gradient (B, m, n), W weight; m rows = output features, n columns = input features; r, u (B, m); c, v (B, n);
+a (B, m), b (B, n) powers of two; L iterations.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_multinorm.scaling import inverse_power_of_two, working_dtype
+
+# Entries of one block: small enough to stay in a CPU's cache, large enough to keep an accelerator busy.
+_BLOCK_CPU, _BLOCK_ACCELERATOR = 2**18, 2**24
+
+
+def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The vectors r and c with SR-Sinkhorn(G) = diag(r) G diag(c).
+
+    Args:
+        gradient: (..., m, n).
+        iterations: L >= 0.
+        trace: also measure the residuals (one more read of G).
+
+    Returns:
+        r (..., m) and c (..., n) in float32 (float64 for float64), to be applied as ``(r * G) * c``, rows first, so
+        that no product leaves the range; and the residuals (..., L, 2) of rows and columns after each iteration, or
+        None. Zero rows and columns get the scaling 0.
+    """
+    *batch, m, n = gradient.shape
+    G = gradient.reshape(math.prod(batch), m, n)
+    r = torch.ones(len(G), m, dtype=working_dtype(G), device=G.device)
+    c = torch.ones(len(G), n, dtype=r.dtype, device=G.device)
+    residuals = torch.zeros(len(G), iterations, 2, dtype=r.dtype, device=G.device) if trace else None
+    step = max(1, block_size(G) // max(1, m * n))
+    for i in range(0, len(G) if iterations and G.numel() else 0, step):
+        part = slice(i, i + step)
+        r[part], c[part] = _alternate(G[part], iterations, None if residuals is None else residuals[part])
+    if residuals is not None:
+        residuals = residuals.reshape(*batch, iterations, 2)
+    return r.reshape(*batch, m), c.reshape(*batch, n), residuals
+
+
+def update_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    weight_decay: float = 0.0,
+    iterations: int = 5,
+    trace: bool = False,
+) -> Tensor | None:
+    """``W <- (1 - lr · weight_decay) W - lr · SR-Sinkhorn(G)``, in place, for matrices of one shape, dtype and device.
+
+    Args:
+        weights: (..., m, n) each.
+        gradients: (..., m, n) each, as many; left unchanged.
+        lr: RMS change per entry, as a number or a 0-d tensor.
+        weight_decay: decoupled weight decay.
+        iterations: L.
+        trace: also return the residuals.
+
+    Returns:
+        Residuals (len(weights), ..., L, 2) after each iteration, or None.
+    """
+    traces = []
+    per_stack = max(1, block_size(gradients[0]) // max(1, gradients[0].numel()))
+    for i in range(0, len(weights), per_stack):
+        part = gradients[i : i + per_stack]
+        # A stack is a copy, so only matrices that fit a block together are stacked: it saves calls, not memory.
+        G = torch.stack(list(part)) if len(part) > 1 else part[0].unsqueeze(0)
+        r, c, residuals = scalings(G, iterations, trace=trace)
+        for W, G_k, r_k, c_k in zip(weights[i : i + per_stack], part, r, c, strict=True):
+            _apply_(W, G_k, r_k, c_k, lr, weight_decay)
+        traces.append(residuals)
+    return torch.cat([t for t in traces if t is not None]) if trace else None
+
+
+def block_size(tensor: Tensor) -> int:
+    """Number of entries that are worked on at a time on the device of ``tensor``."""
+    return _BLOCK_CPU if tensor.device.type == "cpu" else _BLOCK_ACCELERATOR
+
+
+def _alternate(G: Tensor, iterations: int, residuals: Tensor | None) -> tuple[Tensor, Tensor]:
+    """r (B, m) and c (B, n) for G (B, m, n), whose matrices fit a block unless B = 1; fills residuals (B, L, 2).
+
+    The sums are sums, not matrix-vector products: a lowered matmul precision (TF32) must not reach them.
+    """
+    m, n = G.shape[-2:]
+    a, b = _equilibrate(G)
+    blocks = _row_blocks(G)
+    squares = [_squares(G[:, rows], a[:, rows], b) for rows in blocks] if len(blocks) == 1 else None
+
+    def read() -> Iterator[tuple[slice, Tensor]]:
+        for k, rows in enumerate(blocks):
+            yield rows, squares[k] if squares else _squares(G[:, rows], a[:, rows], b)
+
+    u = torch.ones_like(a)
+    v = b.square().reciprocal()  # the first row sums are those of G itself, not of diag(a) G diag(b)
+    for iteration in range(iterations):
+        column_sums = torch.zeros_like(b)
+        for rows, S in read():
+            row_sums = (S * v.unsqueeze(-2)).sum(-1)
+            if residuals is not None and iteration > 0:
+                residuals[:, iteration - 1, 0] += _squared_error(row_sums * u[:, rows], n)
+            u[:, rows] = _quotient(n, row_sums)
+            column_sums += (S * u[:, rows, None]).sum(-2)
+        v = _quotient(m, column_sums)
+        if residuals is not None:
+            residuals[:, iteration, 1] = _squared_error(column_sums * v, m)
+    if residuals is not None:
+        for rows, S in read():
+            residuals[:, -1, 0] += _squared_error((S * v.unsqueeze(-2)).sum(-1) * u[:, rows], n)
+        residuals[..., 0].div_(m)
+        residuals[..., 1].div_(n)
+        residuals.sqrt_()
+    return _finite(a * u.sqrt()), _finite(b * v.sqrt())
+
+
+def _equilibrate(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Powers of two a, b: every row, then every column, of diag(a) G diag(b) gets its largest entry into [1/2, 1).
+
+    Then squares neither over- nor underflow, wherever in the range of the dtype the rows and columns of G lie.
+    """
+    blocks = _row_blocks(G)
+    dtype = working_dtype(G)
+    a = inverse_power_of_two(torch.cat([_largest(G[:, rows], -1) for rows in blocks], dim=1).to(dtype))
+    largest = torch.zeros(len(G), G.shape[-1], dtype=dtype, device=G.device)
+    for rows in blocks:
+        largest = torch.maximum(largest, _largest(G[:, rows].to(dtype) * a[:, rows, None], -2))
+    return a, inverse_power_of_two(largest)
+
+
+def _apply_(W: Tensor, G: Tensor, r: Tensor, c: Tensor, lr: float | Tensor, weight_decay: float) -> None:
+    """W <- (1 - lr · weight_decay) W - lr · (r G) c, by blocks; W and G (..., m, n)."""
+    if W.ndim > 2 and W.numel() > block_size(W):
+        for W_k, G_k, r_k, c_k in zip(W, G, r, c, strict=True):
+            _apply_(W_k, G_k, r_k, c_k, lr, weight_decay)
+        return
+    for rows in [slice(None)] if W.ndim > 2 else _row_blocks(G.unsqueeze(0)):
+        W_rows = W[..., rows, :]
+        step = (G[..., rows, :].to(r.dtype) * (r[..., rows, None] * lr)).mul_(c.unsqueeze(-2))
+        if weight_decay:
+            W_rows.mul_(1 - lr * weight_decay) if W.dtype == r.dtype else step.add_(W_rows * (lr * weight_decay))
+        W_rows.sub_(step) if W.dtype == r.dtype else W_rows.copy_(W_rows.to(r.dtype) - step)
+
+
+def _row_blocks(G: Tensor) -> list[slice]:
+    batch, m, n = G.shape
+    rows = max(1, block_size(G) // max(1, batch * n))
+    return [slice(i, min(i + rows, m)) for i in range(0, m, rows)]
+
+
+def _squares(G: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return (G.to(a.dtype) * a.unsqueeze(-1)).mul_(b.unsqueeze(-2)).square_()
+
+
+def _largest(G: Tensor, dim: int) -> Tensor:
+    return torch.linalg.vector_norm(G, float("inf"), dim=dim) if G.numel() else G.sum(dim)
+
+
+def _quotient(numerator: int, sums: Tensor) -> Tensor:
+    """numerator / sums, 0 where the sum is 0, and finite, so that a diverging pair of scalings never makes inf · 0."""
+    return torch.where(sums == 0, 0, _finite(numerator / _finite(sums)))
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.clamp(max=torch.finfo(x.dtype).max)
+
+
+def _squared_error(squared_norms: Tensor, target: int) -> Tensor:
+    """Sum over i of (norm_i / √target − 1)², without those that are zero: (B, k) -> (B,)."""
+    relative = (squared_norms / target).sqrt()
+    return torch.where(relative == 0, 0, relative - 1).square().sum(-1)

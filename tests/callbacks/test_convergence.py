@@ -1,0 +1,162 @@
+"""NormConvergence in foreign Lightning projects: its values against a float64 recomputation from saved gradients."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from parts import Recorder, trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_multinorm import SWAN, MultiNormGD, NormConvergence, SinkGD
+from lightning_multinorm.errors import UsageError
+from lightning_multinorm.norms import ColumnNorm, Norm, RowNorm
+
+
+class Vision(LightningModule):
+    """Somebody else's project: a small convolutional classifier with one attention layer."""
+
+    def __init__(self, make_optimizer: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = nn.Conv2d(1, 12, 4, stride=4)
+        self.mixer = nn.TransformerEncoderLayer(12, 2, 24, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(12, 3)
+        self.make_optimizer = make_optimizer
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        images, classes = batch
+        tokens = self.patches(images).flatten(2).mT
+        return nn.functional.cross_entropy(self.head(self.mixer(tokens).mean(1)), classes)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(self.named_parameters())
+
+
+class Gradients(Callback):
+    """Saves the gradients that the optimizer is about to see, by step and name."""
+
+    def __init__(self) -> None:
+        self.saved: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.saved[trainer.global_step] = {n: p.grad.clone() for n, p in pl_module.named_parameters()}
+
+
+def images() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(3)
+    data = TensorDataset(torch.randn(48, 1, 8, 8, generator=generator), torch.randint(0, 3, (48,), generator=generator))
+    return DataLoader(data, batch_size=8)
+
+
+def train(folder: Path, make_optimizer: Any, *callbacks: Callback, steps: int = 6, **arguments: Any) -> Any:
+    recorder, gradients, module = Recorder(), Gradients(), Vision(make_optimizer)
+    run = trainer(folder, steps, logger=recorder, callbacks=[gradients, *callbacks], max_epochs=3, **arguments)
+    run.fit(module, images())
+    return recorder, gradients.saved, module
+
+
+def alternate(gradient: torch.Tensor, norms: list[Norm], iterations: int) -> list[list[float]]:
+    """Residuals after each iteration, in float64, from the definition ‖X − P(X)‖_F / √(mn)."""
+    X, residuals = gradient.double(), []
+    for _ in range(iterations):
+        for norm in norms:
+            X = norm.project(X)
+        residuals.append([((X - norm.project(X)).square().mean().sqrt()).item() for norm in norms])
+    return residuals
+
+
+MATRICES = {
+    "mixer.linear1.weight": (24, 12),
+    "mixer.linear2.weight": (12, 24),
+    "mixer.self_attn.out_proj.weight": (12, 12),
+    "patches.weight": (12, 16),
+}
+CASES = {
+    "sinkgd": (lambda named: SinkGD(named, lr=0.1, iterations=3), [RowNorm(), ColumnNorm()], 3),
+    "multinormgd": (
+        lambda named: MultiNormGD(named, norms=[ColumnNorm(), RowNorm()], lr=0.1, iterations=2),
+        [ColumnNorm(), RowNorm()],
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_are_the_residuals_of_the_gradients_seen(case: str, tmp_path: Path) -> None:
+    make_optimizer, norms, iterations = CASES[case]
+    recorder, gradients, _ = train(tmp_path, make_optimizer, NormConvergence(every_n_steps=2, per_iteration=True))
+    for step in (0, 2, 4):
+        for name, shape in MATRICES.items():
+            expected = alternate(gradients[step][name].reshape(shape), norms, iterations)
+            for k, norm in enumerate(norms):
+                key = f"norm_convergence/{name}/{norm.name}"
+                for iteration in range(iterations):
+                    value = recorder.values(f"{key}/{iteration + 1}")[step]
+                    assert value == pytest.approx(expected[iteration][k], rel=1e-4, abs=1e-6)
+                assert recorder.values(key)[step] == pytest.approx(expected[-1][k], rel=1e-4, abs=1e-6)
+
+
+def test_packed_qkv_is_the_root_mean_square_of_its_three_matrices(tmp_path: Path) -> None:
+    recorder, gradients, _ = train(tmp_path, CASES["sinkgd"][0], NormConvergence(every_n_steps=3))
+    name = "mixer.self_attn.in_proj_weight"
+    parts = gradients[3][name].chunk(3)
+    rows = torch.tensor([alternate(part, [RowNorm(), ColumnNorm()], 3)[-1][0] for part in parts])
+    value = recorder.values(f"norm_convergence/{name}/row")[3]
+    assert value == pytest.approx(rows.square().mean().sqrt().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("whitening", "low", "high"), [("svd", 0.0, 1e-5), ("newton_schulz", 0.05, 0.6)])
+def test_swan_reports_how_white_its_update_is(whitening: Any, low: float, high: float, tmp_path: Path) -> None:
+    recorder, _, _ = train(tmp_path, lambda named: SWAN(named, whitening=whitening), NormConvergence(every_n_steps=1))
+    spectral = recorder.values("norm_convergence/patches.weight/spectral")  # of a gradient of full rank
+    assert len(spectral) == 6 and all(low < value < high for value in spectral.values())
+    assert recorder.values("norm_convergence/patches.weight/row").keys() == spectral.keys()
+
+
+def test_only_matrices_and_only_every_nth_step_are_logged(tmp_path: Path) -> None:
+    recorder, _, _ = train(tmp_path, SinkGD, NormConvergence(every_n_steps=4))
+    names = {key.removeprefix("norm_convergence/").rpartition("/")[0] for key in recorder.keys("norm_convergence/")}
+    assert names == {*MATRICES, "mixer.self_attn.in_proj_weight"}
+    assert set(recorder.values("norm_convergence/patches.weight/row")) == {0, 4}
+
+
+def test_under_accumulation_it_is_the_accumulated_gradient_that_counts(tmp_path: Path) -> None:
+    recorder, gradients, _ = train(
+        tmp_path, CASES["sinkgd"][0], NormConvergence(every_n_steps=1), steps=3, accumulate_grad_batches=2
+    )
+    values = recorder.values("norm_convergence/mixer.linear1.weight/row")
+    assert set(values) == {0, 1, 2}
+    for step, value in values.items():
+        expected = alternate(gradients[step]["mixer.linear1.weight"], [RowNorm(), ColumnNorm()], 3)[-1][0]  # type: ignore[index]
+        assert value == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("shadow", [False, True])
+def test_watching_changes_no_weight(shadow: bool, tmp_path: Path) -> None:
+    make_optimizer: Any = (lambda named: torch.optim.AdamW(named)) if shadow else SinkGD
+    _, _, watched = train(tmp_path, make_optimizer, NormConvergence(every_n_steps=1, shadow=shadow))
+    _, _, alone = train(tmp_path, make_optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), alone.parameters(), strict=True))
+
+
+def test_shadow_computes_what_the_scheme_would_do(tmp_path: Path) -> None:
+    callback = NormConvergence(every_n_steps=5, shadow=True, per_iteration=True, iterations=4)
+    recorder, gradients, _ = train(tmp_path, torch.optim.AdamW, callback)
+    expected = alternate(gradients[5]["mixer.linear2.weight"], [RowNorm(), ColumnNorm()], 4)
+    for iteration in range(4):
+        value = recorder.values(f"norm_convergence/mixer.linear2.weight/row/{iteration + 1}")[5]
+        assert value == pytest.approx(expected[iteration][0], rel=1e-4, abs=1e-6)
+
+
+def test_without_an_optimizer_to_listen_to_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"trains with AdamW; set shadow=True"):
+        train(tmp_path, torch.optim.AdamW, NormConvergence())
+
+
+@pytest.mark.parametrize("arguments", [{"every_n_steps": 0}, {"iterations": 0}])
+def test_arguments_out_of_range_are_refused_by_name(arguments: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        NormConvergence(**arguments)  # type: ignore[arg-type]

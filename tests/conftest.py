@@ -1,0 +1,31 @@
+"""What every test shares: a fixed seed, torch's global switches put back, and the golden cases of `reference/`."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from reference.golden import SINKHORN, WHITENED, Golden, load
+
+torch.set_num_threads(1)  # the matrices here are small: threads would mostly wait for each other
+
+
+@pytest.fixture(params=SINKHORN)
+def golden_sinkhorn(request: pytest.FixtureRequest) -> Golden:
+    """SR-Sinkhorn of one golden gradient, after 1, 2, 5 or 50 iterations."""
+    return load(request.param)
+
+
+@pytest.fixture(params=WHITENED)
+def golden_whitened(request: pytest.FixtureRequest) -> Golden:
+    """√max(m, n) · U Vᵀ of one golden gradient."""
+    return load(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    """Seed before every test; torch's global switches are after it as they were."""
+    torch.manual_seed(0)
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,67 @@
+"""Run by test_ranks.py as a program: two processes train, resume and validate, and each writes down what it saw."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_multinorm.data import TextDataModule
+
+
+class Recorder(LightningModule):
+    """Notes the inputs of each training batch and counts the labels of validation batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[list[list[int]]] = []
+        self.labels: list[int] = []
+        self.batches = 0
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        self.seen.append(batch["input_ids"].tolist())
+        return self.weight.sum()
+
+    def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
+        self.batches += 1
+        self.labels += batch["labels"][batch["labels"] >= 0].tolist()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def run(folder: Path, source: str) -> dict[str, Any]:
+    def make(**options: Any) -> tuple[Trainer, TextDataModule]:
+        data = TextDataModule(source, vocab_size=300, sequence_length=16, batch_size=4, validation_fraction=0.1)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        shared = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_steps": 4, "default_root_dir": folder}
+        return Trainer(**{**quiet, **shared, **options}), data
+
+    whole, rest, validated = Recorder(), Recorder(), Recorder()
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
+    trainer, data = make(callbacks=[saving], limit_val_batches=0)
+    trainer.fit(whole, data)
+    trainer, data = make(enable_checkpointing=False, limit_val_batches=0)
+    trainer.fit(rest, data, ckpt_path=folder / "step=2.ckpt")
+    trainer, data = make(enable_checkpointing=False)
+    trainer.validate(validated, data, verbose=False)
+    held_out = [example["text"] for example in data.corpus.held_out]
+    return {
+        "rank": trainer.global_rank,
+        "whole": whole.seen,
+        "rest": rest.seen,
+        "labels": validated.labels,
+        "batches": validated.batches,
+        "expected_labels": data._vocabulary.stream(held_out).tolist(),
+    }
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    result = run(folder, sys.argv[2])
+    (folder / f"rank{result['rank']}.json").write_text(json.dumps(result))

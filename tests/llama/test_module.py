@@ -1,0 +1,146 @@
+"""LlamaPretraining in a real Trainer: its loss, metrics and groups, and what a checkpoint may and may not change."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parts import LENGTH, TINY, Recorder, Rows, loader, tiny_llama, trainer
+
+from lightning_multinorm import LlamaPretraining, SinkGD
+from lightning_multinorm.errors import UsageError
+from lightning_multinorm.schedules import WarmupCosine
+
+
+def fit(module: LlamaPretraining, folder: Path, steps: int, *, rows: int = 64, **arguments: Any) -> Any:
+    ckpt = arguments.pop("ckpt_path", None)
+    run = trainer(folder, steps, **arguments)
+    run.fit(module, loader(rows), loader(10), ckpt_path=ckpt)
+    return run
+
+
+def test_loss_is_that_of_transformers(tmp_path: Path) -> None:
+    module, recorder = tiny_llama(scheduler=None), Recorder()
+    fit(module, tmp_path, 1, logger=recorder)
+    tokens = Rows(4).tokens
+    expected = initial_model()(input_ids=tokens, labels=tokens).loss.item()
+    assert recorder.values("train/loss")[0] == pytest.approx(expected, rel=1e-5)
+
+
+def initial_model() -> Any:
+    module = tiny_llama()
+    module.configure_model()
+    assert module.model is not None
+    return module.model
+
+
+def test_training_learns_and_reports(tmp_path: Path) -> None:
+    recorder = Recorder()
+    run = fit(tiny_llama(), tmp_path, 60, logger=recorder, max_epochs=10)
+    losses = recorder.values("train/loss")
+    assert losses[0] > 4.0 and losses[59] < 1.5  # log 64 = 4.16; the language has log 2 = 0.69
+    loss = run.callback_metrics["val/loss"].item()
+    assert run.callback_metrics["val/perplexity"].item() == pytest.approx(math.exp(loss), rel=1e-5)
+    assert run.callback_metrics["val/bits_per_byte"].item() == pytest.approx(loss / math.log(2) / 2, rel=1e-5)
+
+
+def test_validation_loss_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:
+    losses = []
+    for batch_size in (10, 3):
+        run = trainer(tmp_path, 1)
+        [metrics] = run.validate(tiny_llama(), loader(10, batch_size), verbose=False)
+        losses.append(metrics["val/loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_prediction_sums_each_row(tmp_path: Path) -> None:
+    rows = [{**row, "document": torch.tensor(k)} for k, row in enumerate(Rows(6))]  # type: ignore[arg-type]
+    module = tiny_llama()
+    outputs = trainer(tmp_path, 1).predict(module, torch.utils.data.DataLoader(rows, batch_size=4))
+    [metrics] = trainer(tmp_path, 1).validate(tiny_llama(), loader(6, 6), verbose=False)
+    assert torch.cat([output["document"] for output in outputs]).tolist() == list(range(6))
+    assert torch.cat([output["tokens"] for output in outputs]).tolist() == [LENGTH] * 6
+    total = torch.cat([output["nats"] for output in outputs]).sum().item()
+    assert total / (6 * LENGTH) == pytest.approx(metrics["val/loss"], rel=1e-5)
+
+
+def test_groups_follow_the_papers_policy_and_the_rules() -> None:
+    def rules_of(**arguments: Any) -> dict[str, str]:
+        module = tiny_llama(scheduler=None, **arguments)
+        module.configure_model()
+        groups = module.configure_optimizers().param_groups  # type: ignore[union-attr]
+        return {name: group["rule"] for group in groups for name in group["param_names"]}
+
+    rules = rules_of()
+    assert {name for name, rule in rules.items() if rule == "multinorm"} == {
+        name for name in rules if name.endswith("_proj.weight")
+    }
+    changed = rules_of(rules={"layers.0.*q_proj": "adam"})
+    assert {name for name in rules if rules[name] != changed[name]} == {"model.model.layers.0.self_attn.q_proj.weight"}
+
+
+def test_schedule_spans_the_run_and_is_stepped_with_the_optimizer(tmp_path: Path) -> None:
+    module = tiny_llama()
+    run = trainer(tmp_path, 8, accumulate_grad_batches=2)
+    run.fit(module, loader())
+    [config] = run.lr_scheduler_configs
+    assert config.scheduler.total_steps == 8 and config.scheduler.last_epoch == 8
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.02)
+
+
+def test_a_run_without_end_needs_a_length(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="max_steps"):
+        trainer(tmp_path, -1, max_epochs=-1).fit(tiny_llama(), loader())
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    run = fit(tiny_llama(), tmp_path, 6, rows=4)
+    path = tmp_path / "six.ckpt"
+    run.save_checkpoint(path)
+    return str(path)
+
+
+def resume(checkpoint: str, folder: Path, lr: float, steps: int = 7) -> tuple[Any, torch.Tensor]:
+    module = tiny_llama(optimizer=lambda groups: SinkGD(groups, lr=lr), scheduler=schedule)
+    run = fit(module, folder, steps, rows=4, ckpt_path=checkpoint)
+    assert module.model is not None
+    return run, module.model.model.layers[0].mlp.up_proj.weight.detach()
+
+
+def schedule(optimizer: torch.optim.Optimizer) -> WarmupCosine:
+    return WarmupCosine(optimizer, total_steps=6)
+
+
+def test_resumed_with_another_rate_the_new_one_holds_at_once(checkpoint: str, tmp_path: Path) -> None:
+    start = torch.load(checkpoint, weights_only=True)["state_dict"]["model.model.layers.0.mlp.up_proj.weight"]
+    run, same = resume(checkpoint, tmp_path, lr=0.02)
+    _, tenfold = resume(checkpoint, tmp_path, lr=0.2)
+    torch.testing.assert_close(tenfold - start, 10 * (same - start), rtol=1e-3, atol=1e-6)
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 * 0.1)
+
+
+def test_resumed_unchanged_it_equals_an_uninterrupted_run(checkpoint: str, tmp_path: Path) -> None:
+    whole = tiny_llama(scheduler=schedule)
+    fit(whole, tmp_path, 7, rows=4)
+    assert whole.model is not None
+    _, resumed = resume(checkpoint, tmp_path, lr=0.02)
+    assert torch.equal(whole.model.model.layers[0].mlp.up_proj.weight, resumed)
+
+
+def test_checkpoint_loads_with_its_own_configuration(checkpoint: str) -> None:
+    module = LlamaPretraining.load_from_checkpoint(checkpoint)
+    assert module.llama_config.hidden_size == TINY["hidden_size"]
+    tokens = Rows(2).tokens[:, :-1]
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    module.eval()
+    reference = initial_model().eval()
+    reference.load_state_dict({name.removeprefix("model."): value for name, value in saved.items()})
+    assert torch.equal(module(tokens), reference(tokens).logits)
+
+
+def test_checkpoint_of_another_model_is_refused_by_field(checkpoint: str, tmp_path: Path) -> None:
+    module = LlamaPretraining(size=None, config={**TINY, "intermediate_size": 96})
+    with pytest.raises(UsageError, match="intermediate_size=88 in the checkpoint, 96 in the configuration"):
+        trainer(tmp_path, 7).fit(module, loader(), ckpt_path=checkpoint)

@@ -1,0 +1,99 @@
+"""The floors of the house: a module imports only from lower floors, and the optimizers need torch alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lightning_multinorm"
+FLOORS = {
+    "errors": 0,
+    "scaling": 0,
+    "schedules": 0,
+    "whitening": 0,
+    "sinkhorn.reference": 0,
+    "sinkhorn.eager": 1,
+    "norms": 1,
+    "configurations": 1,
+    "sinkhorn": 2,
+    "alternating": 2,
+    "optim.views": 2,
+    "optim.routing": 3,
+    "optim.fallback": 3,
+    "optim.hyperparameters": 3,
+    "optim.groups": 4,
+    "optim.base": 5,
+    "optim.sinkgd": 6,
+    "optim.swan": 6,
+    "optim.multinormgd": 6,
+    "optim": 7,
+    "data": 8,
+    "llama": 9,
+    "callbacks": 9,
+    "cli": 10,
+    "__init__": 11,
+    "__main__": 11,
+}
+HEAVY = ("lightning", "transformers", "datasets", "jsonargparse", "torchmetrics", "tokenizers")
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__") or "__init__"
+
+
+def floor_of(name: str) -> int:
+    """The floor of a module, or of the folder it lies in."""
+    while name not in FLOORS and "." in name:
+        name = name.rpartition(".")[0]
+    return FLOORS[name]
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of this package that a file imports, except for type checking alone."""
+    names = set()
+    skipped = {
+        id(child)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(ast.parse(path.read_text())):
+        if id(node) in skipped or not isinstance(node, ast.ImportFrom) or node.module is None:
+            continue
+        if node.module == "lightning_multinorm":
+            names |= {alias.name for alias in node.names if (PACKAGE / alias.name).exists()}
+        elif node.module.startswith("lightning_multinorm."):
+            names.add(node.module.removeprefix("lightning_multinorm."))
+    return names
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_imports_go_down(path: Path) -> None:
+    name = name_of(path)
+    for other in imported(path):
+        same_room = floor_of(other) == floor_of(name) and other.split(".")[0] == name.split(".")[0]
+        assert floor_of(other) < floor_of(name) or (same_room and "." in other), f"{name} imports {other}"
+
+
+def test_optimizers_need_torch_alone() -> None:
+    code = (
+        "import sys; from lightning_multinorm import SinkGD, SWAN, MultiNormGD, parameter_groups, sr_sinkhorn; "
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there() -> None:
+    import lightning_multinorm
+
+    assert all(getattr(lightning_multinorm, name) is not None for name in lightning_multinorm.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = lightning_multinorm.no_such_name
