@@ -107,7 +107,7 @@ def multi_normalize(
         warnings.warn(
             f"tolerance={tolerance} was not reached: the largest residual is {worst:.3g} after {len(residuals)} "
             "iterations; zero rows or columns, low precision or heavy tails can put it out of reach",
-            stacklevel=2,
+            stacklevel=3,  # past the decorator
         )
     X = X.to(gradient.dtype)
     if not return_trace:

@@ -51,7 +51,7 @@ class RowNorm(Norm):
     name = "row"
 
     def value(self, matrix: Tensor) -> Tensor:
-        return _max(_l2(matrix, -1)) / matrix.shape[-1] ** 0.5
+        return _max(_l2(matrix, -1)) / (matrix.shape[-1] or 1) ** 0.5
 
     def project(self, matrix: Tensor) -> Tensor:
         return _normalize(matrix, -1, matrix.shape[-1] ** 0.5)
@@ -64,7 +64,7 @@ class ColumnNorm(Norm):
     name = "column"
 
     def value(self, matrix: Tensor) -> Tensor:
-        return _max(_l2(matrix, -2)) / matrix.shape[-2] ** 0.5
+        return _max(_l2(matrix, -2)) / (matrix.shape[-2] or 1) ** 0.5
 
     def project(self, matrix: Tensor) -> Tensor:
         return _normalize(matrix, -2, matrix.shape[-2] ** 0.5)
@@ -93,7 +93,7 @@ class MaxNorm(Norm):
         return _max(matrix.abs())
 
     def project(self, matrix: Tensor) -> Tensor:
-        return matrix.sign()
+        return torch.where(matrix.isnan(), matrix, matrix.sign())  # torch's sign of NaN is 0
 
 
 @final

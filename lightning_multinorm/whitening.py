@@ -34,6 +34,8 @@ def polar_newton_schulz(matrix: Tensor, *, k: int = 10, beta: float = 0.8) -> Te
     Returns:
         (..., m, n) in ``matrix``'s dtype. A zero matrix gives zeros.
     """
+    if matrix.numel() == 0:
+        return matrix.clone()
     G = matrix.to(torch.float64 if matrix.dtype is torch.float64 else torch.float32)
     tall = G.shape[-2] > G.shape[-1]
     if tall:
@@ -62,9 +64,9 @@ def polar_svd(matrix: Tensor) -> Tensor:
     Returns:
         (..., m, n) in ``matrix``'s dtype. A zero matrix gives zeros.
     """
-    G = matrix.to(torch.float64 if matrix.dtype is torch.float64 else torch.float32)
-    if G.numel() == 0:
+    if matrix.numel() == 0:
         return matrix.clone()
+    G = matrix.to(torch.float64 if matrix.dtype is torch.float64 else torch.float32)
     G = G / _nonzero(G.abs().amax((-2, -1), keepdim=True))
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
     cutoff = max(G.shape[-2:]) * torch.finfo(G.dtype).eps * S.amax(-1, keepdim=True)

@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lightning_multinorm.alternating import Trace
 from lightning_multinorm.optim.fallback import adam_
 from lightning_multinorm.optim.groups import Group, resolve
-from lightning_multinorm.optim.views import as_matrices
+from lightning_multinorm.optim.views import as_matrices, check_view
 from lightning_multinorm.sinkhorn.eager import block_size
 
 Observer = Callable[[Tensor, Trace], None]
@@ -44,8 +44,15 @@ class MultiNormOptimizer(Optimizer):
         )
         self.observers: list[Observer] = []
         self._lr_scales = {"multinorm": matrix_lr_scale, "adam": fallback_lr_scale}
-        self._warned = False
+        self._nameless = False
         super().__init__(params, defaults)
+        if self._nameless:
+            warnings.warn(
+                f"{type(self).__name__} got parameters without names, so it multi-normalises everything of two or more "
+                "dimensions, embeddings and output head included. Give it model.named_parameters(), told apart by "
+                "name, or parameter_groups(model), told apart by module.",
+                stacklevel=3,  # where the subclass was called
+            )
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, split by rule and view if it names no rule.
@@ -56,18 +63,14 @@ class MultiNormOptimizer(Optimizer):
         """
         owner = type(self).__name__
         parts, nameless = resolve(param_group, owner)
-        if nameless and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{owner} got parameters without names, so it multi-normalises everything of two or more dimensions, "
-                "embeddings and output head included. Give it model.named_parameters(), told apart by name, "
-                "or parameter_groups(model), told apart by module.",
-                stacklevel=3,
-            )
+        self._nameless = self._nameless or nameless
         for part in parts:
             part.setdefault("lr_scale", self._lr_scales[part["rule"]])
             for entry in part["params"]:
-                _check_parameter(owner, *(entry if isinstance(entry, tuple) else ("a parameter", entry)))
+                name, parameter = entry if isinstance(entry, tuple) else ("a parameter", entry)
+                _check_parameter(owner, name, parameter)
+                if part["rule"] == "multinorm":
+                    check_view(parameter, part["view"])
             super().add_param_group(part)
 
     @overload
@@ -129,7 +132,7 @@ class MultiNormOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("observers", [])
-        self.__dict__.setdefault("_warned", False)
+        self.__dict__.setdefault("_nameless", False)
         super().__setstate__(state)
 
 

@@ -78,9 +78,9 @@ def resolve(group: Group, owner: str) -> tuple[list[Group], bool]:
     """
     params = group["params"]
     entries = [params] if isinstance(params, Tensor) else list(params)
+    if group.get("rule", "adam") not in get_args(Rule):
+        raise ValueError(f"{owner}: rule={group['rule']!r} is unknown; use one of {', '.join(get_args(Rule))}")
     if {"rule", "view"} <= group.keys():
-        if group["rule"] not in get_args(Rule):
-            raise ValueError(f"{owner}: rule={group['rule']!r} is unknown; use one of {', '.join(get_args(Rule))}")
         return [{**group, "params": entries}], False
     shared = {key: value for key, value in group.items() if key != "params"}
     parts: dict[str, Group] = {}
@@ -101,7 +101,9 @@ def routing_table(groups: Iterable[Group]) -> str:
     for group in groups:
         for name, parameter in _named(group):
             shape = "×".join(map(str, parameter.shape))
-            rows.append((name, shape, group["name"], group["rule"], group["view"] if group["rule"] != "adam" else ""))
+            rows.append(
+                (name, shape, group.get("name", ""), group["rule"], group["view"] if group["rule"] != "adam" else "")
+            )
             totals[group["rule"]] = totals.get(group["rule"], 0) + parameter.numel()
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -150,9 +150,12 @@ def _apply_(W: Tensor, G: Tensor, r: Tensor, c: Tensor, lr: float | Tensor, weig
     for rows in [slice(None)] if W.ndim > 2 else _row_blocks(G.unsqueeze(0)):
         W_rows = W[..., rows, :]
         step = (G[..., rows, :].to(r.dtype) * (r[..., rows, None] * lr)).mul_(c.unsqueeze(-2))
-        if weight_decay:
-            W_rows.mul_(1 - lr * weight_decay) if W.dtype == r.dtype else step.add_(W_rows * (lr * weight_decay))
-        W_rows.sub_(step) if W.dtype == r.dtype else W_rows.copy_(W_rows.to(r.dtype) - step)
+        if W.dtype == r.dtype:
+            if weight_decay:
+                W_rows.mul_(1 - lr * weight_decay)
+            W_rows.sub_(step)
+        else:  # round to the weight's precision once, at the end
+            W_rows.copy_(W_rows.to(r.dtype) * (1 - lr * weight_decay) - step)
 
 
 def _row_blocks(G: Tensor) -> list[slice]:

@@ -10,7 +10,7 @@ def sr_sinkhorn(gradient: Tensor, iterations: int = 5) -> Tensor:
     m, n = X.shape[-2:]
     for _ in range(iterations):
         row = torch.linalg.vector_norm(X, dim=-1, keepdim=True)
-        X = X * torch.where(row > 0, n**0.5 / row, 0)
+        X = X * torch.where(row == 0, 0, n**0.5 / row)
         column = torch.linalg.vector_norm(X, dim=-2, keepdim=True)
-        X = X * torch.where(column > 0, m**0.5 / column, 0)
+        X = X * torch.where(column == 0, 0, m**0.5 / column)
     return X

@@ -114,6 +114,18 @@ def test_equal_shapes_in_one_batch_are_updated_as_one_by_one(make: Make, count: 
 
 
 @every
+def test_equal_shapes_of_other_dtypes_are_not_mixed(make: Make) -> None:
+    dtypes = (torch.float64, torch.bfloat16, torch.float32)
+    gradients = [torch.randn(6, 8).to(dtype) for dtype in dtypes]
+    parameters = [nn.Parameter(torch.zeros_like(G)) for G in gradients]
+    for parameter, G in zip(parameters, gradients, strict=True):
+        parameter.grad = G
+    make([(f"w{i}.weight", p) for i, p in enumerate(parameters)], lr=1.0, matrix_lr_scale=1.0).step()
+    for parameter, G in zip(parameters, gradients, strict=True):
+        assert torch.equal(-parameter.detach(), _update(make, G))
+
+
+@every
 def test_experts_are_normalised_one_by_one(make: Make) -> None:
     G = torch.randn(3, 6, 8, dtype=torch.float64) * torch.tensor([1.0, 10.0, 0.1])[:, None, None]
     assert_close(_update(make, G, "batch"), torch.stack([_update(make, g) for g in G]), rtol=0, atol=1e-11)

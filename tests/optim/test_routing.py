@@ -164,6 +164,24 @@ def test_a_linear_of_the_vocabulary_in_numbered_layers_is_no_head() -> None:
     assert routes["blocks.0.weight"].kind == "matrix"
 
 
+class _Declared(nn.Module):
+    """A head that neither its name nor its shape betrays, but that the model declares as Hugging Face models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 9)])
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.parts[1]
+
+
+@pytest.mark.parametrize("model", [_Declared(), nn.ModuleDict({"inner": _Declared()})], ids=["bare", "wrapped"])
+def test_a_declared_head_is_a_head(model: nn.Module) -> None:
+    kinds = {name.removeprefix("inner."): route.kind for name, route in route_model(model).items()}
+    assert kinds["parts.0.weight"] == "matrix"
+    assert kinds["parts.1.weight"] == "head"
+
+
 def test_flat_slices_are_refused_with_the_remedy() -> None:
     model = nn.ModuleDict({"proj": nn.Linear(3, 4)})
     model["proj"].weight = nn.Parameter(torch.zeros(12))
