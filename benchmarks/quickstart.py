@@ -23,7 +23,7 @@ from benchmarks.machine import describe
 
 RESULTS = Path(__file__).parent / "results" / "quickstart.json"
 RATES = {
-    "sinkgd": [0.01, 0.02, 0.04],
+    "sinkgd": [0.01, 0.04],
     "adamw": [1e-3, 2e-3, 3e-3, 5e-3],
     "swan": [0.02],
     "multinorm": [0.02],

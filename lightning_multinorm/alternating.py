@@ -85,7 +85,7 @@ def multi_normalize(
 
     Warns:
         UserWarning: if a tolerance without a number of iterations is out of reach, as it is when zero rows or columns
-            leave the norms without a common point; the best iterate reached is returned.
+            leave the norms without a common point; the last iterate is returned.
     """
     _check(gradient, norms, iterations, tolerance)
     X = gradient.to(torch.float64 if gradient.dtype is torch.float64 else torch.float32)

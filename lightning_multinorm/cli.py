@@ -3,7 +3,9 @@
 ``python -m lightning_multinorm fit --config llama60m.yaml --config optimizer/adamw.yaml --trainer.max_steps 100``
 """
 
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,12 +74,23 @@ def _loggers(root: str, name: str) -> list[Logger]:
     return [tensorboard, CSVLogger(root, name=name, version=Path(tensorboard.log_dir).name)]
 
 
+def _quieten() -> None:
+    """Keep to oneself what Lightning would say in every run and no user of this command line can act on."""
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+    # The folder holds the TensorBoard file and the configuration; it is new, and nothing in it is deleted.
+    warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
+    advertisement = "\N{ELECTRIC LIGHT BULB} Tip: For seamless cloud"
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(advertisement))
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; an error of usage ends in one line and exit status 2.
 
     Args:
         args: arguments; default: those of the process.
     """
+    _quieten()
     try:
         if args is None:
             sys.argv[1:] = resolve_configs(sys.argv[1:])  # where Lightning and the processes that it starts look

@@ -22,7 +22,8 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
 def inverse_power_of_two(magnitude: Tensor) -> Tensor:
     """For each a >= 0 the power of two p with a · p in [1/2, 1); 1 for a = 0, and for what is not finite.
 
-    p stays within the normal range of the dtype, so a subnormal a ends below 1/2, far from underflow when squared.
+    p stays within the normal range of the dtype: at either end of the range a · p is below 1/2 or up to 4, and its
+    square still safe.
     """
     mantissa, _ = torch.frexp(magnitude)
     smallest = torch.finfo(magnitude.dtype).smallest_normal

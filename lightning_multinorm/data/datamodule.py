@@ -43,7 +43,9 @@ class TextDataModule(LightningDataModule):
             on.
         text_field: Key or column that holds the text in JSON lines and Parquet files.
         num_workers: Processes per device that prepare training batches; 0 for the training process itself.
-        seed: Of the order of files in training.
+        mix_rows: Rows of packed text that are shuffled together before they are cut into batches, so that a long
+            document does not fill a batch; 0 keeps the order of the documents.
+        seed: Of the order of files, and of the mixing, in training.
 
     Attributes:
         predict_names: Name of each document to predict on ("a.txt", "b.jsonl:3" for line 3), once the loader is made.
@@ -63,6 +65,7 @@ class TextDataModule(LightningDataModule):
         predict_files: list[str] | None = None,
         text_field: str = "text",
         num_workers: int = 0,
+        mix_rows: int = 1024,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -78,6 +81,7 @@ class TextDataModule(LightningDataModule):
         self.predict_files = predict_files or []
         self.text_field = text_field
         self.num_workers = num_workers
+        self.mix_rows = mix_rows
         self.seed = seed
         self.predict_names: list[str] = []
         self._resumed: dict[str, Any] = {}
@@ -85,7 +89,7 @@ class TextDataModule(LightningDataModule):
 
     def _check_arguments(self) -> None:
         at_least_one = ("sequence_length", "batch_size", "validation_batch_size", "validation_tokens")
-        minimum = {**dict.fromkeys(at_least_one, 1), "num_workers": 0, "seed": 0}
+        minimum = {**dict.fromkeys(at_least_one, 1), "num_workers": 0, "mix_rows": 0, "seed": 0}
         for name, least in minimum.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -175,6 +179,7 @@ class TextDataModule(LightningDataModule):
             rank=rank,
             world_size=world_size,
             seed=self.seed,
+            mix_rows=self.mix_rows,
         )
         if (workers := self._usable_workers) < self.num_workers:
             rank_zero_warn(f"data.num_workers is {self.num_workers}, but a rank has {workers} file(s); using that.")
@@ -225,6 +230,7 @@ class TextDataModule(LightningDataModule):
             "batch_size": self.batch_size,
             "sequence_length": self.sequence_length,
             "num_workers": self._usable_workers,
+            "mix_rows": self.mix_rows,
             "seed": self.seed,
             "source": self.corpus.fingerprint,
             "tokenizer": self._tokenizer_identity,

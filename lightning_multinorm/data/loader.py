@@ -100,8 +100,9 @@ class TrainingBatches(Batches):
         batches: Batches in all, the skipped ones included; split over the workers.
         rank: This process among those that see different data.
         world_size: Number of these.
-        seed: Of the shard order.
-        skip: Batches not to be yielded, from the beginning; a multiple of the number of workers.
+        seed: Of the shard order and the mixing.
+        mix_rows: Rows that are shuffled together before they are cut into batches; 0 for the order of the documents.
+        skip: Batches not to be yielded, from the beginning; rounded down to a multiple of the number of workers.
     """
 
     documents: datasets.IterableDataset
@@ -112,6 +113,7 @@ class TrainingBatches(Batches):
     rank: int = 0
     world_size: int = 1
     seed: int = 0
+    mix_rows: int = 0
     skip: int = 0
 
     @override
@@ -120,9 +122,8 @@ class TrainingBatches(Batches):
 
     @override
     def start_after(self, done: int, workers: int) -> int:
-        surplus = done % max(1, workers)  # workers start together, at a full round
-        self.skip = done - surplus
-        return surplus
+        self.skip = done
+        return done % max(1, workers)  # workers start together, at a full round
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -137,11 +138,14 @@ class TrainingBatches(Batches):
         for texts in self._groups_of_documents():
             rows, rest = pack(np.concatenate([rest, self.vocabulary.stream(texts)]), self.sequence_length)
             ready.append(rows)
-            if sum(map(len, ready)) >= self.batch_size:
-                gathered = np.concatenate(ready)
-                full = len(gathered) - len(gathered) % self.batch_size
-                yield from gathered[:full].reshape(-1, self.batch_size, self.sequence_length + 1)
-                ready = [gathered[full:]]
+            if sum(map(len, ready)) >= max(self.batch_size, self.mix_rows):
+                pool = np.concatenate(ready)
+                if self.mix_rows:
+                    # A function of what is mixed, so that a replayed stream is mixed alike.
+                    np.random.default_rng((self.seed, len(pool), int(pool.sum()))).shuffle(pool)
+                full = len(pool) - len(pool) % self.batch_size
+                yield from pool[:full].reshape(-1, self.batch_size, self.sequence_length + 1)
+                ready = [pool[full:]]
 
     def _groups_of_documents(self) -> Iterator[list[str]]:
         shuffled = shuffle_shards(self.documents, self.seed)

@@ -66,6 +66,9 @@ class MultiNormOptimizer(Optimizer):
         self._nameless = self._nameless or nameless
         for part in parts:
             part.setdefault("lr_scale", self._lr_scales[part["rule"]])
+            for name in ("lr", "lr_scale", "weight_decay"):
+                if not part.get(name, 0) >= 0:
+                    raise ValueError(f"{owner}: {name}={part[name]} of group {part.get('name')} must not be negative")
             for entry in part["params"]:
                 name, parameter = entry if isinstance(entry, tuple) else ("a parameter", entry)
                 _check_parameter(owner, name, parameter)

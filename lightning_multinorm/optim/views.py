@@ -34,7 +34,7 @@ def as_matrices(tensor: Tensor, view: View, like: Tensor | None = None) -> Tenso
         # Channels-last kernels cannot be flattened in the order of their dimensions, but in that of their strides.
         order = sorted(range(1, tensor.ndim), key=lambda dim: -strides[dim])
         tensor = tensor.permute(0, *order)
-        return tensor.view(len(tensor), -1) if like is None else tensor.reshape(len(tensor), -1)
+        return tensor.flatten(1) if like is not None or tensor.numel() == 0 else tensor.view(len(tensor), -1)
     return tensor
 
 

@@ -130,7 +130,7 @@ def _alternate(G: Tensor, iterations: int, residuals: Tensor | None) -> tuple[Te
 def _equilibrate(G: Tensor) -> tuple[Tensor, Tensor]:
     """Powers of two a, b: every row, then every column, of diag(a) G diag(b) gets its largest entry into [1/2, 1).
 
-    Then squares neither over- nor underflow, wherever in the range of the dtype the rows and columns of G lie.
+    Then squares do not overflow, and underflow only where an entry is lost beside the largest of its row or column.
     """
     blocks = _row_blocks(G)
     dtype = working_dtype(G)

@@ -136,6 +136,12 @@ def test_every_document_once_per_epoch(
     assert Counter(seen) == Counter(texts)
 
 
+def test_few_shards_are_shared_document_by_document(stream: tuple[IterableDataset, list[str]]) -> None:
+    for world_size in (2, 3):
+        sizes = [len(read(rank_share(stream[0], rank, world_size))) for rank in range(world_size)]
+        assert max(sizes) - min(sizes) <= 1  # dealt whole, 5 shards would give one rank much more of each epoch
+
+
 def test_many_shards_are_dealt_whole(tmp_path: Path) -> None:
     texts = make_texts(70, seed=2)
     for i, text in enumerate(texts):
