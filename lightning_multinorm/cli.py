@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_multinorm.callbacks import DocumentPerplexity, NormConvergence, RunSummary, Throughput, TrainingProgress
 from lightning_multinorm.configurations import resolve_configs
@@ -63,9 +65,18 @@ class MultiNormCLI(LightningCLI):
         callbacks = [*(config.trainer.callbacks or []), RunSummary()]
         if logger:
             callbacks.append(LearningRateMonitor("step"))
+        batches, interval = config.trainer.max_steps * config.trainer.accumulate_grad_batches, _interval(config.trainer)
+        if 0 < batches < interval:
+            rank_zero_info(f"The run is shorter than val_check_interval={interval}; it is validated once, at its end.")
+            kwargs["val_check_interval"] = batches
         if config.trainer.enable_progress_bar is False:
             config.progress.disable()  # Lightning would refuse the combination
         return super().instantiate_trainer(logger=logger, callbacks=callbacks, enable_progress_bar=True, **kwargs)
+
+
+def _interval(trainer: Namespace) -> int:
+    """Batches between validations, 0 where it is a fraction or a time."""
+    return trainer.val_check_interval if type(trainer.val_check_interval) is int else 0
 
 
 def _loggers(root: str, name: str) -> list[Logger]:

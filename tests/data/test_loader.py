@@ -158,3 +158,19 @@ def test_no_document_raises_instead_of_waiting(
     documents = open_corpus(str(tmp_path / "a.jsonl"), validation_files=str(tmp_path / "b.txt")).train
     with pytest.raises(DataError, match=rf"rank {rank} of {world_size} found no training document.*--data.source"):
         next(iter(make(documents, vocabulary, 1, rank=rank, world_size=world_size)))
+
+
+def test_mixing_spreads_documents_over_batches_and_loses_nothing(
+    documents: IterableDataset, vocabulary: Vocabulary
+) -> None:
+    def rows(batches: int, **options: int) -> list[tuple[int, ...]]:
+        stream = make(documents, vocabulary, batches, **options)
+        return [tuple(row.tolist()) for batch in stream for row in batch["input_ids"]]
+
+    in_order, mixed = rows(60), rows(30, mix_rows=20 * B)
+    assert mixed != in_order[: len(mixed)] and set(mixed) <= set(in_order)
+    assert set(in_order[: 20 * B]) <= set(rows(60, mix_rows=20 * B))
+    assert mixed == rows(30, mix_rows=20 * B) != rows(30, mix_rows=20 * B, seed=1)
+    resumed = make(documents, vocabulary, 30, mix_rows=20 * B)
+    resumed.start_after(7, workers=0)
+    assert [tuple(row.tolist()) for batch in resumed for row in batch["input_ids"]] == mixed[7 * B :]
