@@ -109,10 +109,10 @@ def test_print_config_shows_the_merged_configuration(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--config", "llama2b.yaml"), "no packaged configuration. Did you mean llama1b.yaml?"),
+        (("--config", "llama1B.yaml"), "no packaged configuration. Did you mean llama1b.yaml?"),
         (("--data.source", "nowhere/*.jsonl"), "nowhere/*.jsonl"),
         (("--model.config.hidden_sise", "3"), "hidden_sise"),
-        (("--model.config", '{"vocab_size": 260}'), "raise --model.config.vocab_size to 300"),
+        (("--model.config", '{"vocab_size": 260}'), "the model only 260: raise --model.config.vocab_size"),
         (("--data.sequence_length", "4096"), "data.sequence_length=4096"),
         (("--config", "optimizer/adamw.yaml", "--norm_convergence.shadow", "false"), "shadow=True"),
     ],

@@ -100,6 +100,15 @@ def test_arguments_are_checked_at_once(name: str, value: Any, remedy: str) -> No
         TextDataModule(**{name: value})
 
 
+def test_every_rank_counts_the_same_workers(make_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(33):  # two ranks get 17 and 16 of them
+        (tmp_path / f"{i}.txt").write_text(f"document {i}")
+    data = make_data(source=str(tmp_path), num_workers=17)
+    for rank in range(2):
+        monkeypatch.setattr(TextDataModule, "_rank_and_world_size", (rank, 2))
+        assert data.state_dict()["num_workers"] == 16  # rank 0's state is restored on both
+
+
 def test_attributes_after_setup(make_data: Any) -> None:
     data = make_data()
     data.prepare_data()

@@ -74,6 +74,11 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, messa
     assert "\n" not in str(caught.value)
 
 
+def test_blank_lines_are_no_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n" + json_lines() + "  \n")
+    assert list(read_documents(str(tmp_path / "a.jsonl"), "text")) == DOCUMENTS
+
+
 def test_missing_file_is_named() -> None:
     with pytest.raises(DataError, match=r"/nowhere/a.txt cannot be read"):
         list(read_documents("/nowhere/a.txt", "text"))
