@@ -28,6 +28,7 @@ class TrainingProgress(RichProgressBar):
         self._output = Console(soft_wrap=True)
         self._shown: tuple[float, dict[str, int | str | float | dict[str, float]]] = (0.0, {})
         self._train_started = (0.0, 0)
+        self._printed = -1
 
     @override
     def get_metrics(
@@ -53,7 +54,9 @@ class TrainingProgress(RichProgressBar):
             return
         every = max(1, trainer.max_steps // self._lines) if trainer.max_steps > 0 else 100
         step = trainer.global_step
-        if step > self._train_started[1] and (step % every == 0 or step == self._train_started[1] + 1):
+        first = self._train_started[1] + 1
+        if step > self._printed and (step % every == 0 or step == first) and step >= first:
+            self._printed = step  # once, however many micro-batches a step has
             self._print_line(trainer, step)
 
     @rank_zero_only

@@ -44,13 +44,14 @@ def test_rate_is_of_the_last_batches_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_run_without_a_terminal_prints_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     callbacks: list[Any] = [Throughput(), TrainingProgress(lines=4), RunSummary(), ModelCheckpoint(tmp_path)]
-    run = trainer(tmp_path, 8, callbacks=callbacks, enable_progress_bar=True, enable_checkpointing=True)
+    options = {"enable_progress_bar": True, "enable_checkpointing": True, "accumulate_grad_batches": 2}
+    run = trainer(tmp_path, 8, callbacks=callbacks, **options)
     run.fit(tiny_llama(), loader(), loader(10))
     lines = [line for line in capsys.readouterr().out.splitlines() if " · " in line]
-    assert "SinkGD" in lines[0] and f"{TOKENS} tokens per step · 8 steps" in lines[0]
+    assert "SinkGD" in lines[0] and f"{2 * TOKENS} tokens per step · 8 steps" in lines[0]
     steps = [line for line in lines if line.startswith("step")]
     assert [line.split("/")[0].split()[1] for line in steps] == ["1", "2", "4", "6", "8"]
-    assert f"tokens {quantity(8 * TOKENS)}" in steps[-1] and steps[-1].endswith("0 s left") and "loss" in steps[-1]
+    assert f"tokens {quantity(16 * TOKENS)}" in steps[-1] and steps[-1].endswith("0 s left") and "loss" in steps[-1]
 
 
 def test_summary_says_what_was_reached_and_where_it_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
