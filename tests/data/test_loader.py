@@ -90,9 +90,7 @@ def test_stream_goes_on_for_many_epochs_in_new_orders(documents: IterableDataset
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_ranks_and_workers_see_different_text(
-    documents: IterableDataset, vocabulary: Vocabulary, workers: int
-) -> None:
+def test_ranks_and_workers_see_different_text(documents: IterableDataset, vocabulary: Vocabulary, workers: int) -> None:
     rows = [
         tuple(row)
         for rank in range(2)
