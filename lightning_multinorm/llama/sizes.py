@@ -71,7 +71,8 @@ def llama_config(size: Size | None, overrides: Mapping[str, Any] | None = None) 
     except StrictDataclassError as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"model.config cannot be: {reason}") from None
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads = config.num_attention_heads
+    kv_heads = config.num_key_value_heads or heads
     if heads % kv_heads:
         raise UsageError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}")
     return config
