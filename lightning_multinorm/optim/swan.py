@@ -29,7 +29,7 @@ class SWAN(MultiNormOptimizer):
         lr: learning rate of all groups (default: 0.02).
         matrix_lr_scale: a matrix changes by ``lr · matrix_lr_scale`` RMS per entry and step (default: 0.05).
         whitening: "newton_schulz" (default) or "svd", the exact polar factor.
-        k: Newton–Schulz iterations (default: 10).
+        k: Newton–Schulz iterations (default: 10; like β's, from implementations of the paper, not checked against it).
         beta: Newton–Schulz step β (default: 0.8; 0.5 converges to the exact factor, but needs more iterations).
         center: subtract each row's mean in GradNorm. Default: False; the paper's first version did.
         weight_decay: decoupled, times the effective learning rate, on every group (default: 0).
