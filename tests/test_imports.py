@@ -10,33 +10,40 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lightning_multinorm"
 FLOORS = {
     "errors": 0,
+    "rounding": 0,
     "scaling": 0,
     "schedules": 0,
     "whitening": 0,
     "sinkhorn.reference": 0,
-    "sinkhorn.eager": 1,
+    "sinkhorn.cpu_intrinsics": 0,
+    "sinkhorn.cpu_kernels": 1,
+    "sinkhorn.triton_kernels": 1,
+    "sinkhorn.cpu": 2,
+    "sinkhorn.eager": 2,
+    "sinkhorn.triton": 2,
+    "sinkhorn.select": 3,
     "norms": 1,
     "configurations": 1,
-    "sinkhorn": 2,
     "alternating": 2,
-    "optim.views": 2,
-    "optim.routing": 3,
-    "optim.fallback": 3,
-    "optim.hyperparameters": 3,
-    "optim.groups": 4,
-    "optim.base": 5,
-    "optim.sinkgd": 6,
-    "optim.swan": 6,
-    "optim.multinormgd": 6,
-    "optim": 7,
-    "data": 8,
-    "llama": 9,
-    "callbacks": 9,
-    "cli": 10,
-    "__init__": 11,
-    "__main__": 11,
+    "sinkhorn": 4,
+    "optim.views": 4,
+    "optim.routing": 5,
+    "optim.fallback": 5,
+    "optim.hyperparameters": 5,
+    "optim.groups": 6,
+    "optim.base": 7,
+    "optim.sinkgd": 8,
+    "optim.swan": 8,
+    "optim.multinormgd": 8,
+    "optim": 9,
+    "data": 10,
+    "llama": 11,
+    "callbacks": 11,
+    "cli": 12,
+    "__init__": 13,
+    "__main__": 13,
 }
-HEAVY = ("lightning", "transformers", "datasets", "jsonargparse", "torchmetrics", "tokenizers")
+HEAVY = ("lightning", "transformers", "datasets", "jsonargparse", "torchmetrics", "tokenizers", "numba", "triton")
 
 
 def modules() -> list[Path]:
@@ -70,7 +77,13 @@ def imported(path: Path) -> set[str]:
         if node.module == "lightning_multinorm":
             names |= {alias.name for alias in node.names if (PACKAGE / alias.name).exists()}
         elif node.module.startswith("lightning_multinorm."):
-            names.add(node.module.removeprefix("lightning_multinorm."))
+            room = node.module.removeprefix("lightning_multinorm.")
+            files = {
+                alias.name for alias in node.names if (PACKAGE / room.replace(".", "/") / f"{alias.name}.py").exists()
+            }
+            names |= {f"{room}.{name}" for name in files}
+            if len(files) < len(node.names):
+                names.add(room)
     return names
 
 

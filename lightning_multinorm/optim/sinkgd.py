@@ -1,7 +1,7 @@
 """SinkGD: SGD with SR-Sinkhorn-normalised gradients (arXiv:2502.06742, Algorithm 4)."""
 
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -10,6 +10,7 @@ from lightning_multinorm import sinkhorn
 from lightning_multinorm.alternating import Trace
 from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.groups import Group
+from lightning_multinorm.sinkhorn.select import check_kernel
 
 
 @final
@@ -30,9 +31,12 @@ class SinkGD(MultiNormOptimizer):
         betas: Adam's, for what is not a matrix (default: (0.9, 0.999)).
         eps: Adam's, likewise (default: 1e-8).
         fallback_lr_scale: Adam's learning rate is ``lr · fallback_lr_scale`` (default: 1: one lr for all).
+        kernel: what computes SR-Sinkhorn. "auto" (default) takes Numba on CPUs and Triton on GPUs where they are
+            installed and the dtypes are float32, bfloat16 or float16, else plain PyTorch ("eager").
 
     Raises:
-        ValueError: for hyper-parameters out of range, an unknown rule, or a rule that does not fit a shape.
+        ValueError: for hyper-parameters out of range, an unknown rule or kernel, or a rule that does not fit a shape.
+        ModuleNotFoundError: for a kernel whose package is missing.
         TypeError: for complex or integer parameters.
     """
 
@@ -47,9 +51,15 @@ class SinkGD(MultiNormOptimizer):
         eps: float = 1e-8,
         *,
         fallback_lr_scale: float = 1.0,
+        kernel: sinkhorn.Kernel = "auto",
     ) -> None:
+        check_kernel(kernel)
+        self._kernel = kernel
         defaults = {"lr": lr, "iterations": iterations, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(params, defaults, matrix_lr_scale=matrix_lr_scale, fallback_lr_scale=fallback_lr_scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_kernel": self._kernel}
 
     def _update_(
         self, weights: Sequence[Tensor], gradients: Sequence[Tensor], group: Group, lr: float | Tensor, observe: bool
@@ -61,5 +71,6 @@ class SinkGD(MultiNormOptimizer):
             weight_decay=group["weight_decay"],
             iterations=group["iterations"],
             trace=observe,
+            kernel=self._kernel,
         )
         return None if residuals is None else Trace(("row", "column"), residuals)

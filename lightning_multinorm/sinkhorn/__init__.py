@@ -1,18 +1,78 @@
 """SR-Sinkhorn, the row/column pair of MultiNorm, at memory speed: the scalings (r, c) and the fused update.
 
-`reference` is the definition; `eager` is plain PyTorch and serves every device. Both stand on torch alone.
+`reference` is the definition. `eager` is plain PyTorch and serves every device and dtype; `cpu` (Numba) and `triton`
+are the fast ones, with the same signatures, and `select` picks among them.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_multinorm.sinkhorn.eager import scalings, update_
+from lightning_multinorm.sinkhorn.select import Kernel, path
 
-__all__ = ["scalings", "sr_sinkhorn", "update_"]
+__all__ = ["Kernel", "scalings", "sr_sinkhorn", "update_"]
+
+
+def scalings(
+    gradient: Tensor, iterations: int, *, trace: bool = False, kernel: Kernel = "auto"
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The vectors r and c with SR-Sinkhorn(G) = diag(r) G diag(c), without forming it.
+
+    Args:
+        gradient: (..., m, n).
+        iterations: L >= 0.
+        trace: also measure the residuals (one more read of G).
+        kernel: which path computes; "auto" chooses by device and dtype.
+
+    Returns:
+        r (..., m) and c (..., n) in float32 (float64 for float64), to be applied as ``(r * G) * c``, rows first, so
+        that no product leaves the range; and the residuals (..., L, 2) of rows and columns after each iteration, or
+        None. Zero rows and columns get the scaling 0.
+    """
+    return path(kernel, gradient).scalings(gradient, iterations, trace=trace)
+
+
+def update_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    weight_decay: float = 0.0,
+    iterations: int = 5,
+    trace: bool = False,
+    seed: int | Tensor | None = None,
+    kernel: Kernel = "auto",
+) -> Tensor | None:
+    """``W <- (1 - lr · weight_decay) W - lr · SR-Sinkhorn(G)``, in place, for matrices of one shape, dtype and device.
+
+    Args:
+        weights: (..., m, n) each.
+        gradients: (..., m, n) each, as many; left unchanged.
+        lr: RMS change per entry, as a number or a 0-d tensor.
+        weight_decay: decoupled weight decay.
+        iterations: L.
+        trace: also return the residuals.
+        seed: rounds bfloat16 weights stochastically, with noise from this number (or 0-d int64 tensor) that is the
+            same on every path; None rounds to nearest. Other dtypes are always rounded to nearest.
+        kernel: which path computes; "auto" chooses by device and dtype.
+
+    Returns:
+        Residuals (len(weights), ..., L, 2) after each iteration, or None.
+    """
+    return path(kernel, weights[0], gradients[0]).update_(
+        weights,
+        gradients,
+        lr=lr,
+        weight_decay=weight_decay,
+        iterations=iterations,
+        trace=trace,
+        seed=seed,
+    )
 
 
 @torch.no_grad()
-def sr_sinkhorn(gradient: Tensor, iterations: int = 5) -> Tensor:
+def sr_sinkhorn(gradient: Tensor, iterations: int = 5, *, kernel: Kernel = "auto") -> Tensor:
     """Square-root Sinkhorn normalisation: rows to l2 norm √n, then columns to √m, L times (arXiv:2502.06742, Alg. 3).
 
     Nothing of the size of the gradient is allocated but the result. Signs never change; a zero row or column stays
@@ -21,6 +81,7 @@ def sr_sinkhorn(gradient: Tensor, iterations: int = 5) -> Tensor:
     Args:
         gradient: (..., m, n), m rows = output features; batched over leading dimensions; left unchanged.
         iterations: L.
+        kernel: which path computes; "auto" chooses by device and dtype.
 
     Returns:
         (..., m, n) in the dtype of ``gradient``; entries of RMS 1 (times the square root of the fraction of columns
@@ -37,5 +98,5 @@ def sr_sinkhorn(gradient: Tensor, iterations: int = 5) -> Tensor:
     if iterations < 0:
         raise ValueError(f"iterations={iterations} must not be negative")
     normalized = torch.zeros_like(gradient)
-    update_([normalized], [gradient], lr=-1.0, iterations=iterations)
+    update_([normalized], [gradient], lr=-1.0, iterations=iterations, kernel=kernel)
     return normalized

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lightning_multinorm.rounding import noise, round_to_bfloat16
 from lightning_multinorm.scaling import inverse_power_of_two, working_dtype
 
 # Entries of one block: small enough to stay in a CPU's cache, large enough to keep an accelerator busy.
@@ -25,18 +26,7 @@ _BLOCK_CPU, _BLOCK_ACCELERATOR = 2**18, 2**24
 
 
 def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The vectors r and c with SR-Sinkhorn(G) = diag(r) G diag(c).
-
-    Args:
-        gradient: (..., m, n).
-        iterations: L >= 0.
-        trace: also measure the residuals (one more read of G).
-
-    Returns:
-        r (..., m) and c (..., n) in float32 (float64 for float64), to be applied as ``(r * G) * c``, rows first, so
-        that no product leaves the range; and the residuals (..., L, 2) of rows and columns after each iteration, or
-        None. Zero rows and columns get the scaling 0.
-    """
+    """See `lightning_multinorm.sinkhorn.scalings`."""
     *batch, m, n = gradient.shape
     G = gradient.reshape(math.prod(batch), m, n)
     r = torch.ones(len(G), m, dtype=working_dtype(G), device=G.device)
@@ -59,20 +49,9 @@ def update_(
     weight_decay: float = 0.0,
     iterations: int = 5,
     trace: bool = False,
+    seed: int | Tensor | None = None,
 ) -> Tensor | None:
-    """``W <- (1 - lr · weight_decay) W - lr · SR-Sinkhorn(G)``, in place, for matrices of one shape, dtype and device.
-
-    Args:
-        weights: (..., m, n) each.
-        gradients: (..., m, n) each, as many; left unchanged.
-        lr: RMS change per entry, as a number or a 0-d tensor.
-        weight_decay: decoupled weight decay.
-        iterations: L.
-        trace: also return the residuals.
-
-    Returns:
-        Residuals (len(weights), ..., L, 2) after each iteration, or None.
-    """
+    """See `lightning_multinorm.sinkhorn.update_`."""
     traces = []
     per_stack = max(1, block_size(gradients[0]) // max(1, gradients[0].numel()))
     for i in range(0, len(weights), per_stack):
@@ -80,8 +59,10 @@ def update_(
         # A stack is a copy, so only matrices that fit a block together are stacked: it saves calls, not memory.
         G = torch.stack(list(part)) if len(part) > 1 else part[0].unsqueeze(0)
         r, c, residuals = scalings(G, iterations, trace=trace)
-        for W, G_k, r_k, c_k in zip(weights[i : i + per_stack], part, r, c, strict=True):
-            _apply_(W, G_k, r_k, c_k, lr, weight_decay)
+        matrices = gradients[0].shape[:-2].numel()
+        for k, (W, G_k, r_k, c_k) in enumerate(zip(weights[i : i + per_stack], part, r, c, strict=True), i):
+            # Noise is numbered by matrix, so a batch that is rounded stochastically is taken one matrix at a time.
+            _apply_(W, G_k, r_k, c_k, lr, weight_decay, seed if W.dtype is torch.bfloat16 else None, k * matrices)
         traces.append(residuals)
     return torch.cat([t for t in traces if t is not None]) if trace else None
 
@@ -141,11 +122,20 @@ def _equilibrate(G: Tensor) -> tuple[Tensor, Tensor]:
     return a, inverse_power_of_two(largest)
 
 
-def _apply_(W: Tensor, G: Tensor, r: Tensor, c: Tensor, lr: float | Tensor, weight_decay: float) -> None:
-    """W <- (1 - lr · weight_decay) W - lr · (r G) c, by blocks; W and G (..., m, n)."""
-    if W.ndim > 2 and W.numel() > block_size(W):
-        for W_k, G_k, r_k, c_k in zip(W, G, r, c, strict=True):
-            _apply_(W_k, G_k, r_k, c_k, lr, weight_decay)
+def _apply_(
+    W: Tensor,
+    G: Tensor,
+    r: Tensor,
+    c: Tensor,
+    lr: float | Tensor,
+    weight_decay: float,
+    seed: int | Tensor | None,
+    number: int,
+) -> None:
+    """W <- (1 - lr · weight_decay) W - lr · (r G) c, by blocks; W and G (..., m, n), the first the number-th matrix."""
+    if W.ndim > 2 and (seed is not None or W.numel() > block_size(W)):
+        for k, (W_k, G_k, r_k, c_k) in enumerate(zip(W, G, r, c, strict=True)):
+            _apply_(W_k, G_k, r_k, c_k, lr, weight_decay, seed, number + k * W_k.shape[:-2].numel())
         return
     for rows in [slice(None)] if W.ndim > 2 else _row_blocks(G.unsqueeze(0)):
         W_rows = W[..., rows, :]
@@ -154,8 +144,11 @@ def _apply_(W: Tensor, G: Tensor, r: Tensor, c: Tensor, lr: float | Tensor, weig
             if weight_decay:
                 W_rows.mul_(1 - lr * weight_decay)
             W_rows.sub_(step)
-        else:  # round to the weight's precision once, at the end
-            W_rows.copy_(W_rows.to(r.dtype) * (1 - lr * weight_decay) - step)
+            continue
+        moved = W_rows.to(r.dtype) * (1 - lr * weight_decay) - step
+        if seed is not None:
+            moved = round_to_bfloat16(moved, noise(seed, number, rows, W.shape[-1], W.device))
+        W_rows.copy_(moved)  # rounds to the weight's precision once, at the end
 
 
 def _row_blocks(G: Tensor) -> list[slice]:

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from lightning_multinorm import SWAN, MultiNormGD, SinkGD, alternating
 from lightning_multinorm.alternating import Trace
 from lightning_multinorm.norms import ColumnNorm, Norm, RowNorm, SpectralNorm
-from lightning_multinorm.sinkhorn import eager
+from lightning_multinorm.sinkhorn import cpu, eager
 
 from . import reference
 from .models import TEXT_MATRICES, TinyText, backward
@@ -128,6 +128,10 @@ def test_without_an_observer_no_trace_is_computed(
 
     monkeypatch.setattr(Norm, "residual", forbidden)
     monkeypatch.setattr(eager, "_squared_error", forbidden)
+    monkeypatch.setattr(cpu.kernels, "residual", forbidden)
+    monkeypatch.setattr(cpu.kernels, "step", cpu.kernels.step.py_func)
+    monkeypatch.setattr(cpu.kernels, "scalings", cpu.kernels.scalings.py_func)
+    monkeypatch.setattr(cpu.kernels, "_alternate", cpu.kernels._alternate.py_func)
     monkeypatch.setattr(alternating, "Trace", forbidden)
     model = TinyText()
     optimizer = make(model.named_parameters())

@@ -1,5 +1,7 @@
 """The factored form: scalings, residuals, the fused update, and that reading by blocks of rows changes nothing."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,13 @@ _BLOCKS = [1, 7, 20, 45, 97, 250]  # less than a row, part of a matrix, more tha
 def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of so few entries that the matrices of these tests span several."""
     monkeypatch.setattr(eager, "_BLOCK_CPU", request.param)
+
+
+@pytest.fixture(autouse=True, params=["auto", "eager"])
+def _every_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What "auto" takes here, Numba's for single precision and less, and plain PyTorch."""
+    monkeypatch.setitem(globals(), "scalings", partial(scalings, kernel=request.param))
+    monkeypatch.setitem(globals(), "update_", partial(update_, kernel=request.param))
 
 
 def _residuals(G: Tensor, iterations: int) -> Tensor:

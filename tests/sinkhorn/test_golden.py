@@ -30,6 +30,15 @@ def _by_fused_update(G: Tensor, iterations: int) -> Tensor:
     return weight / 0.25
 
 
+def _by_eager_scalings(G: Tensor, iterations: int) -> Tensor:
+    r, c, _ = scalings(G, iterations, kernel="eager")
+    return (r.unsqueeze(-1) * G) * c.unsqueeze(-2)
+
+
+def _by_eager(G: Tensor, iterations: int) -> Tensor:
+    return sr_sinkhorn(G, iterations, kernel="eager")
+
+
 def _by_sinkgd(G: Tensor, iterations: int) -> Tensor:
     weight = nn.Parameter(torch.zeros_like(G))
     weight.grad = G.clone()
@@ -48,6 +57,8 @@ def _by_multinormgd(G: Tensor, iterations: int) -> Tensor:
 _PATHS: dict[str, Path] = {
     "sr_sinkhorn": sr_sinkhorn,
     "multi_normalize": _by_norms,
+    "eager": _by_eager,
+    "eager scalings": _by_eager_scalings,
     "scalings": _by_scalings,
     "update_": _by_fused_update,
     "SinkGD": _by_sinkgd,

@@ -1,0 +1,114 @@
+"""Single operations that Numba lacks or widens to 64 bits, written for LLVM: they vectorise as they stand."""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+_I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
+_EXPONENT, _QUIET_NAN = _I32(0x7F800000), _I32(0x7FC0)
+
+
+@intrinsic
+def pointer(typingctx: Any, address: Any) -> Any:
+    """An integer address as a pointer, for `numba.carray`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], _I8.as_pointer())
+
+    return types.voidptr(types.intp), codegen
+
+
+@intrinsic
+def add(typingctx: Any, x: Any, y: Any) -> Any:
+    """x + y in whatever order suits the vector unit; only sums of positive terms use it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fadd(*arguments, flags=("reassoc", "contract"))
+
+    return types.float32(types.float32, types.float32), codegen
+
+
+@intrinsic
+def float_of_bits(typingctx: Any, bits: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def bits_of_float(typingctx: Any, x: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _I32)
+
+    return types.uint32(types.float32), codegen
+
+
+@intrinsic
+def widen(typingctx: Any, x: Any) -> Any:
+    """A float32 as it is; a 16-bit word as the bfloat16 that it holds."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if signature.args[0] == types.float32:
+            return arguments[0]
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], _I32), _I32(16)), ir.FloatType())
+
+    return types.float32(types.float32 if x == types.float32 else types.uint16), codegen
+
+
+@intrinsic
+def float_of_half(typingctx: Any, word: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def half_of_float(typingctx: Any, x: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), _I16)
+
+    return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def bfloat16_of_float(typingctx: Any, x: Any) -> Any:
+    """Rounded to nearest, ties to even."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = builder.bitcast(arguments[0], _I32)
+        odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
+        return _cut_off(builder, arguments[0], bits, builder.add(odd, _I32(0x7FFF)))
+
+    return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def bfloat16_of_float_stochastic(typingctx: Any, x: Any, key: Any, first: Any, j: Any) -> Any:
+    """Rounded stochastically with the noise of entry ``first + j``, as in `lightning_multinorm.rounding`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, key, first, j = arguments
+        entry = builder.trunc(builder.add(first, j), _I32)
+        noise = _lowbias32(builder, builder.xor(entry, key))
+        return _cut_off(builder, x, builder.bitcast(x, _I32), builder.lshr(noise, _I32(16)))
+
+    return types.uint16(types.float32, types.uint32, types.int64, types.int64), codegen
+
+
+def _cut_off(builder: Any, x: Any, bits: Any, up: Any) -> Any:
+    """The upper half of bits + up; infinity is left alone, and a NaN does not turn into it."""
+    finite = builder.icmp_unsigned("!=", builder.and_(bits, _EXPONENT), _EXPONENT)
+    word = builder.lshr(builder.select(finite, builder.add(bits, up), bits), _I32(16))
+    return builder.trunc(builder.select(builder.fcmp_unordered("uno", x, x), _QUIET_NAN, word), _I16)
+
+
+def _lowbias32(builder: Any, x: Any) -> Any:
+    x = builder.xor(x, builder.lshr(x, _I32(16)))
+    x = builder.mul(x, _I32(0x7FEB352D))
+    x = builder.xor(x, builder.lshr(x, _I32(15)))
+    x = builder.mul(x, _I32(0x846CA68B))
+    return builder.xor(x, builder.lshr(x, _I32(16)))

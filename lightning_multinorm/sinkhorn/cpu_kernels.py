@@ -1,0 +1,394 @@
+"""The machine code of `cpu`: SR-Sinkhorn on one matrix or on a panel of its rows, compiled by Numba.
+
+Matrices come as addresses with strides in elements, so that bfloat16, which NumPy lacks, and transposed views need no
+copy: a row that is not contiguous float32 is converted into a buffer, four rows at a time.
+
+A product by r or c may leave float32's range when a gradient lies at its ends. Sums are therefore watched: if one is
+too small or too large to be trusted, the matrix is done again on diag(a) G diag(b), where a and b are powers of two
+that bring every row's and column's largest entry near 1. Powers of two change no rounding, so both ways agree to the
+last bit wherever both are in range, and ordinary gradients pay nothing.
+
+Legend: G gradient (m, n), W weight; m rows = output features, n columns = input features; r (m), c (n) scalings;
+a (m), b (n) powers of two; q (m) RMS of the rows of G diag(c), so r = 1 / q; i rows, j columns.
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba import carray
+
+from lightning_multinorm.sinkhorn.cpu_intrinsics import (
+    add,
+    bfloat16_of_float,
+    bfloat16_of_float_stochastic,
+    bits_of_float,
+    float_of_bits,
+    float_of_half,
+    half_of_float,
+    pointer,
+    widen,
+)
+
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+PANEL = 256  # rows whose column sums are added up before they join the total: fewer roundings, and a unit of work
+
+_LARGEST = np.float32(np.finfo(np.float32).max)
+_TRUSTED_LOW, _TRUSTED_HIGH = np.float32(2.0**-40), np.float32(2.0**40)  # of a root mean square
+_ONE, _ZERO = np.float32(1), np.float32(0)
+_ZEROS, _STAGE, BUFFER = 4, 5, 6  # a buffer's rows: four that are worked on, one of zeros, one to convert in
+
+# "contract" allows fused multiply-add and nothing else: reassociating a product would leave the range.
+_jit = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+
+
+@_jit
+def _load(address: int, kind: int, stride: int, n: int, out: Any) -> None:
+    """out[:n] <- the row of n elements at ``address`` in float32."""
+    if kind == FLOAT32:
+        floats = _floats(address, (n - 1) * stride + 1)
+        if stride == 1:
+            for j in range(n):
+                out[j] = floats[j]
+        else:
+            for j in range(n):
+                out[j] = floats[j * stride]
+        return
+    words = _words(address, (n - 1) * stride + 1)
+    if kind == BFLOAT16 and stride == 1:
+        for j in range(n):
+            out[j] = widen(words[j])
+    elif kind == BFLOAT16:
+        for j in range(n):
+            out[j] = widen(words[j * stride])
+    elif stride == 1:
+        for j in range(n):
+            out[j] = float_of_half(words[j])
+    else:
+        for j in range(n):
+            out[j] = float_of_half(words[j * stride])
+
+
+@_jit
+def _store(x: Any, address: int, kind: int, stride: int, n: int, stochastic: bool, key: Any, entry: int) -> None:
+    """The row of n elements at ``address`` <- x[:n], rounded; ``entry`` is the number of the first in its matrix."""
+    if kind == FLOAT32:
+        floats = _floats(address, (n - 1) * stride + 1)
+        for j in range(n):
+            floats[j * stride] = x[j]
+        return
+    words = _words(address, (n - 1) * stride + 1)
+    if kind == FLOAT16 and stride == 1:
+        for j in range(n):
+            words[j] = half_of_float(x[j])
+    elif kind == FLOAT16:
+        for j in range(n):
+            words[j * stride] = half_of_float(x[j])
+    elif stride == 1 and not stochastic:
+        for j in range(n):
+            words[j] = bfloat16_of_float(x[j])
+    elif stride == 1:
+        for j in range(n):
+            words[j] = bfloat16_of_float_stochastic(x[j], key, entry, j)
+    else:
+        for j in range(n):
+            words[j * stride] = (
+                bfloat16_of_float_stochastic(x[j], key, entry, j) if stochastic else bfloat16_of_float(x[j])
+            )
+
+
+@_jit
+def _four_rows(x0: Any, x1: Any, x2: Any, x3: Any, c: Any, q: Any, i: int, sums: Any) -> None:
+    """q[i : i + 4] <- RMS of four rows of G diag(c); sums[j] += their (r_i G_ij)².
+
+    Each row is read in one run, which suits the prefetcher; the column sums then find all four in the first-level
+    cache.
+    """
+    n = len(c)
+    q[i], q[i + 1] = _rms(_sum_of_squares(x0, c), n), _rms(_sum_of_squares(x1, c), n)
+    q[i + 2], q[i + 3] = _rms(_sum_of_squares(x2, c), n), _rms(_sum_of_squares(x3, c), n)
+    r0, r1, r2, r3 = _inverse(q[i]), _inverse(q[i + 1]), _inverse(q[i + 2]), _inverse(q[i + 3])
+    for j in range(n):
+        y0, y1, y2, y3 = widen(x0[j]) * r0, widen(x1[j]) * r1, widen(x2[j]) * r2, widen(x3[j]) * r3
+        sums[j] = (((sums[j] + y0 * y0) + y1 * y1) + y2 * y2) + y3 * y3
+
+
+@_jit
+def _sum_of_squares(x: Any, c: Any) -> Any:
+    s = _ZERO
+    for j in range(len(c)):
+        y = widen(x[j]) * c[j]
+        s = add(s, y * y)
+    return s
+
+
+@_jit
+def _rms(s: Any, count: int) -> Any:
+    """Root of s / count, finite even where s is not, so that an infinite entry times its scaling stays infinite."""
+    return np.sqrt((_LARGEST if s > _LARGEST else s) / np.float32(count))
+
+
+@_jit
+def _inverse(x: Any) -> Any:
+    return _ZERO if x == _ZERO else _ONE / x
+
+
+@_jit
+def read_rows(
+    G: int, kind: int, row: int, column: int, i0: int, i1: int, n: int,
+    a: Any, b: Any, scaled: bool, c: Any, q: Any, sums: Any, buffer: Any,
+) -> None:  # fmt: skip
+    """q[i0:i1] <- RMS of the rows i0..i1 of G diag(c); sums <- their column sums of (r_i G_ij)².
+
+    ``row`` and ``column`` are G's strides; with ``scaled``, diag(a) G diag(b) takes the place of G. Rows beyond i1 are
+    zeros, so q needs room for three more. Bfloat16 is read as it is, and put back into bfloat16 when scaled, which is
+    exact: one loop, and so one order of summation, for both.
+    """
+    for j in range(n):
+        sums[j] = _ZERO
+    rows = buffer.ctypes.data
+    size = 4 if kind == FLOAT32 else 2
+    direct = column == 1 and kind != FLOAT16 and not scaled
+    p = np.empty(4, np.int64)
+    for i in range(i0, i1, 4):
+        for k in range(4):
+            if i + k >= i1:
+                p[k] = rows + _ZEROS * n * 4
+            elif direct:
+                p[k] = G + (i + k) * row * size
+            else:
+                p[k] = rows + k * n * 4
+                _load(G + (i + k) * row * size, kind, column, n, buffer[_STAGE])
+                if scaled:
+                    _scale(buffer[_STAGE], a[i + k], b, n)
+                _store(buffer[_STAGE], p[k], BFLOAT16 if kind == BFLOAT16 else FLOAT32, 1, n, False, np.uint32(0), 0)
+        if kind == BFLOAT16:
+            _four_rows(_words(p[0], n), _words(p[1], n), _words(p[2], n), _words(p[3], n), c, q, i, sums)
+        else:
+            _four_rows(_floats(p[0], n), _floats(p[1], n), _floats(p[2], n), _floats(p[3], n), c, q, i, sums)
+
+
+@_jit
+def _floats(address: int, n: int) -> Any:
+    return carray(pointer(address), (n,), np.float32)
+
+
+@_jit
+def _words(address: int, n: int) -> Any:
+    return carray(pointer(address), (n,), np.uint16)
+
+
+@_jit
+def _scale(x: Any, a: Any, b: Any, n: int) -> None:
+    for j in range(n):
+        x[j] = (x[j] * a) * b[j]
+
+
+@_jit
+def close(q: Any, scaling: Any) -> None:
+    """scaling <- 1 / q, and 0 for 0."""
+    for i in range(len(scaling)):
+        scaling[i] = _inverse(q[i])
+
+
+@_jit
+def rms_of_columns(sums: Any, m: int) -> None:
+    """Sums of squares -> RMS, in place."""
+    for j in range(len(sums)):
+        sums[j] = _rms(sums[j], m)
+
+
+@_jit
+def residual(q: Any, scaling: Any) -> float:
+    """RMS over i of q_i · scaling_i - 1, without those that are zero."""
+    total = 0.0
+    for i in range(len(scaling)):
+        relative = np.float64(q[i] * scaling[i])
+        if relative != 0:
+            total += (relative - 1) ** 2
+    return np.sqrt(total / len(scaling))
+
+
+@_jit
+def trusted(G: int, kind: int, row: int, column: int, r: Any, c: Any, q: Any, p: Any, first: bool) -> bool:
+    """Whether every RMS of rows (q) and columns (p) is well inside float32's range, or zero for good reason.
+
+    r and c are still the scalings of the iteration before.
+    """
+    m, n = len(r), len(c)
+    if _outside(q, m) + _outside(p, n):
+        return False
+    if not (_zeros(q, m) or _zeros(p, n)):
+        return True
+    size = 4 if kind == FLOAT32 else 2
+    for i in range(m):
+        if q[i] == _ZERO and r[i] != _ZERO and not (first and _is_zero(G + i * row * size, kind, column, n)):
+            return False
+    for j in range(n):
+        if p[j] == _ZERO and c[j] != _ZERO and not (first and _is_zero(G + j * column * size, kind, row, m)):
+            return False
+    return True
+
+
+@_jit
+def _outside(x: Any, count: int) -> Any:
+    number = np.int32(0)
+    for i in range(count):
+        number += np.int32(not (_TRUSTED_LOW <= x[i] <= _TRUSTED_HIGH) and x[i] != _ZERO)
+    return number
+
+
+@_jit
+def _zeros(x: Any, count: int) -> Any:
+    number = np.int32(0)
+    for i in range(count):
+        number += np.int32(x[i] == _ZERO)
+    return number
+
+
+@_jit
+def _is_zero(address: int, kind: int, stride: int, n: int) -> bool:
+    if kind == FLOAT32:
+        floats = _floats(address, (n - 1) * stride + 1)
+        for j in range(n):
+            if floats[j * stride] != _ZERO:
+                return False
+        return True
+    words = _words(address, (n - 1) * stride + 1)
+    for j in range(n):
+        if words[j * stride] & np.uint16(0x7FFF):
+            return False
+    return True
+
+
+@_jit
+def equilibrate(G: int, kind: int, row: int, column: int, m: int, n: int, a: Any, b: Any, buffer: Any) -> None:
+    """a, b <- powers of two that bring the largest entry of every row, then of every column, into [1/2, 1)."""
+    size = 4 if kind == FLOAT32 else 2
+    x = buffer[0]
+    for j in range(n):
+        b[j] = _ZERO
+    for i in range(m):
+        _load(G + i * row * size, kind, column, n, x)
+        largest = _ZERO
+        for j in range(n):
+            largest = max(largest, abs(x[j]))
+        a[i] = _inverse_power_of_two(largest)
+        for j in range(n):
+            b[j] = max(b[j], abs(x[j] * a[i]))
+    for j in range(n):
+        b[j] = _inverse_power_of_two(b[j])
+
+
+@_jit
+def _inverse_power_of_two(x: Any) -> Any:
+    """As `lightning_multinorm.scaling.inverse_power_of_two`."""
+    if not _ZERO < x <= _LARGEST:
+        return _ONE
+    exponent: Any = np.int64(bits_of_float(x) >> np.uint32(23)) - 126
+    return float_of_bits(np.uint32(127 + min(126, max(-126, -exponent))) << np.uint32(23))
+
+
+@_jit
+def unscale(x: Any, powers: Any) -> None:
+    """x <- x · powers, kept finite: a scaling beyond the range is as large as the range allows."""
+    for i in range(len(x)):
+        product = x[i] * powers[i]
+        x[i] = _LARGEST if product > _LARGEST else product
+
+
+@_jit
+def scalings(
+    G: int, kind: int, row: int, column: int, iterations: int, trace: bool, residuals: Any,
+    r: Any, c: Any, q: Any, sums: Any, total: Any, a: Any, b: Any, buffer: Any,
+) -> None:  # fmt: skip
+    """r, c and, if asked for, residuals (L, 2) of one matrix, by one thread."""
+    for scaled in (False, True):
+        if scaled:
+            equilibrate(G, kind, row, column, len(r), len(c), a, b, buffer)
+        if _alternate(G, kind, row, column, iterations, trace, residuals, r, c, q, sums, total, a, b, scaled, buffer):
+            if scaled:
+                unscale(r, a)
+                unscale(c, b)
+            return
+
+
+@_jit
+def begin(r: Any, c: Any, b: Any, scaled: bool) -> None:
+    """The first row sums are those of G itself, not of diag(a) G diag(b)."""
+    r[:] = _ONE
+    for j in range(len(c)):
+        c[j] = _ONE / b[j] if scaled else _ONE
+
+
+@_jit
+def _alternate(
+    G: int, kind: int, row: int, column: int, iterations: int, trace: bool, residuals: Any,
+    r: Any, c: Any, q: Any, sums: Any, total: Any, a: Any, b: Any, scaled: bool, buffer: Any,
+) -> bool:  # fmt: skip
+    """False if sums are not to be trusted, which they always are if ``scaled``."""
+    m, n = len(r), len(c)
+    begin(r, c, b, scaled)
+    for k in range(iterations + 1 if trace else iterations):
+        total[:] = _ZERO
+        for i0 in range(0, m, PANEL):
+            read_rows(G, kind, row, column, i0, min(i0 + PANEL, m), n, a, b, scaled, c, q, sums, buffer)
+            for j in range(n):
+                total[j] += sums[j]
+        rms_of_columns(total, m)
+        if not scaled and not trusted(G, kind, row, column, r, c, q, total, k == 0):
+            return False
+        if trace and k > 0:
+            residuals[k - 1, 0] = residual(q, r)
+        if k < iterations:
+            close(q, r)
+            close(total, c)
+            if trace:
+                residuals[k, 1] = residual(total, c)
+    return True
+
+
+@_jit
+def update(
+    W: int, w_kind: int, w_row: int, w_column: int, G: int, g_kind: int, g_row: int, g_column: int,
+    i0: int, i1: int, n: int, r: Any, c: Any, lr: Any, keep: Any, stochastic: bool, key: int, buffer: Any,
+) -> None:  # fmt: skip
+    """Rows i0..i1 of W <- keep · W - (lr r_i G_ij) c_j, rounded once."""
+    w_size, g_size = 4 if w_kind == FLOAT32 else 2, 4 if g_kind == FLOAT32 else 2
+    for i in range(i0, i1):
+        w_address, g_address = W + i * w_row * w_size, G + i * g_row * g_size
+        direct = w_kind == FLOAT32 and w_column == 1
+        if direct:
+            w = _floats(w_address, n)
+        else:
+            w = buffer[1]
+            _load(w_address, w_kind, w_column, n, w)
+        if g_column == 1 and g_kind == FLOAT32:
+            _update_row(w, _floats(g_address, n), r[i] * lr, c, keep)
+        elif g_column == 1 and g_kind == BFLOAT16:
+            _update_row(w, _words(g_address, n), r[i] * lr, c, keep)
+        else:
+            _load(g_address, g_kind, g_column, n, buffer[0])
+            _update_row(w, buffer[0], r[i] * lr, c, keep)
+        if not direct:
+            _store(w, w_address, w_kind, w_column, n, stochastic, np.uint32(key), i * n)
+
+
+@_jit
+def step(
+    W: int, w_kind: int, w_row: int, w_column: int, G: int, g_kind: int, g_row: int, g_column: int,
+    iterations: int, trace: bool, residuals: Any, lr: Any, keep: Any, stochastic: bool, key: int,
+    r: Any, c: Any, q: Any, sums: Any, total: Any, a: Any, b: Any, buffer: Any,
+) -> None:  # fmt: skip
+    """`scalings` and `update` of one matrix, by one thread."""
+    m, n = len(r), len(c)
+    scalings(G, g_kind, g_row, g_column, iterations, trace, residuals, r, c, q, sums, total, a, b, buffer)
+    update(
+        W, w_kind, w_row, w_column, G, g_kind, g_row, g_column, 0, m, n, r, c, lr, keep, stochastic, key, buffer
+    )  # fmt: skip
+
+
+@_jit
+def _update_row(w: Any, g: Any, r: Any, c: Any, keep: Any) -> None:
+    for j in range(len(c)):
+        w[j] = w[j] * keep - (widen(g[j]) * r) * c[j]
