@@ -105,6 +105,7 @@ class SpectralNorm(Norm):
             (see `whitening.polar_newton_schulz`), far cheaper and only matrix products.
         k: Newton–Schulz iterations.
         beta: Newton–Schulz step; 0.5 converges to U Vᵀ, 0.8 is SWAN's.
+        dtype: of Newton–Schulz' products: None (float32, float64 for float64) or torch.bfloat16.
 
     Raises:
         ValueError: for an unknown method.
@@ -112,12 +113,15 @@ class SpectralNorm(Norm):
 
     name = "spectral"
 
-    def __init__(self, method: Orthogonalization = "svd", k: int = 10, beta: float = 0.8) -> None:
+    def __init__(
+        self, method: Orthogonalization = "svd", k: int = 10, beta: float = 0.8, dtype: torch.dtype | None = None
+    ) -> None:
         if method not in ("svd", "newton_schulz"):
             raise ValueError(f"method={method!r} is unknown; use 'svd' or 'newton_schulz'")
         self.method = method
         self.k = k
         self.beta = beta
+        self.dtype = dtype
 
     def value(self, matrix: Tensor) -> Tensor:
         X = matrix.to(working_dtype(matrix))
@@ -127,7 +131,10 @@ class SpectralNorm(Norm):
         return torch.linalg.matrix_norm(X * scale, 2) / scale.squeeze((-2, -1)) / max(X.shape[-2:]) ** 0.5
 
     def project(self, matrix: Tensor) -> Tensor:
-        polar = polar_svd(matrix) if self.method == "svd" else polar_newton_schulz(matrix, k=self.k, beta=self.beta)
+        if self.method == "svd":
+            polar = polar_svd(matrix)
+        else:
+            polar = polar_newton_schulz(matrix, k=self.k, beta=self.beta, dtype=self.dtype)
         return max(matrix.shape[-2:]) ** 0.5 * polar
 
     def __repr__(self) -> str:
@@ -146,7 +153,7 @@ def _normalize(matrix: Tensor, dim: int | tuple[int, int], target: float) -> Ten
     X = matrix.to(working_dtype(matrix))
     X = X * power_of_two(X, dim)
     norm = torch.linalg.vector_norm(X, dim=dim, keepdim=True)
-    return (X * torch.where(norm == 0, 0, target / norm)).to(matrix.dtype)
+    return X.mul_(torch.where(norm == 0, 0, target / norm)).to(matrix.dtype)
 
 
 def _max(values: Tensor) -> Tensor:

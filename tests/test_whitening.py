@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lightning_multinorm.norms import SpectralNorm
-from lightning_multinorm.whitening import polar_newton_schulz, polar_svd
+from lightning_multinorm.whitening import _gram, polar_newton_schulz, polar_svd
 
 Polar = Callable[[Tensor], Tensor]
 _EXACT: dict[str, Polar] = {"svd": polar_svd, "newton_schulz": partial(polar_newton_schulz, k=40, beta=0.5)}
@@ -67,6 +67,36 @@ def test_newton_schulz_follows_the_recursion_of_each_singular_value(k: int, beta
     for _ in range(k):
         y, z = beta * y * (3 - z * y), beta * (3 - z * y) * z
     assert_close(polar_newton_schulz(G, k=k, beta=beta), (U * (z * start.sqrt())) @ Vh, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("m", "n"), [(24, 24), (24, 60), (60, 24)])
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_bfloat16_follows_the_recursion_to_its_precision(k: int, m: int, n: int) -> None:
+    """Also of small singular values, which the Gram matrix in bfloat16 would have lost."""
+    sigma = torch.logspace(0, -3, 24, dtype=torch.float64)
+    G, U, Vh = _with_singular_values(sigma, m, n)
+    s = sigma / (sigma**4).sum() ** 0.25
+    for _ in range(k):
+        s = 0.8 * s * (3 - s**2)
+    X = polar_newton_schulz(G.float(), k=k, dtype=torch.bfloat16)
+    assert X.dtype is torch.float32
+    along = (U.mT @ X.double() @ Vh.mT).diagonal()
+    assert_close(along, s, rtol=0.05, atol=0.02)
+    assert (X.double() - (U * s) @ Vh).norm() < 0.05 * s.norm()
+
+
+def test_the_mirrored_gram_matrix_is_the_gram_matrix() -> None:
+    X = torch.randn(2, 515, 40, dtype=torch.float64)
+    assert_close(_gram(X), X @ X.mT, rtol=1e-12, atol=1e-12)
+    assert torch.equal(_gram(X), _gram(X).mT)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 10])
+def test_both_forms_of_the_iteration_are_the_same(k: int) -> None:
+    """Square matrices are iterated themselves, wide ones (here by columns of zeros) through their Gram matrix."""
+    G = torch.randn(12, 12, dtype=torch.float64)
+    wide = torch.cat([G, torch.zeros(12, 60, dtype=torch.float64)], dim=1)
+    assert_close(polar_newton_schulz(wide, k=k)[:, :12], polar_newton_schulz(G, k=k), rtol=0, atol=1e-10)
 
 
 def test_swan_scatters_singular_values_within_the_documented_range() -> None:

@@ -154,10 +154,19 @@ def apply_normalized_(
     traces = []
     per_stack = max(1, block_size(gradients[0]) // max(1, gradients[0].numel()))
     for i in range(0, len(weights), per_stack):
-        G = torch.stack(list(gradients[i : i + per_stack]))
+        part = gradients[i : i + per_stack]
+        G = torch.stack(list(part)) if len(part) > 1 else part[0].unsqueeze(0)
         X, trace = normalize(G.to(torch.promote_types(G.dtype, torch.float32)))
         for W, X_k in zip(weights[i : i + per_stack], X, strict=True):
-            W.copy_(W.to(X.dtype) * (1 - lr * weight_decay) - X_k * lr)
+            if W.dtype != X.dtype:  # round to the weight's precision once, at the end
+                W.copy_(W.to(X.dtype) * (1 - lr * weight_decay) - X_k * lr)
+                continue
+            if weight_decay:
+                W.mul_(1 - lr * weight_decay)
+            if isinstance(lr, Tensor):
+                W.sub_(X_k.mul_(lr))
+            else:
+                W.add_(X_k, alpha=-lr)
         traces.append(trace)
     kept = [trace for trace in traces if trace is not None]
     return Trace(kept[0].norms, torch.cat([trace.residuals for trace in kept])) if kept else None
