@@ -88,7 +88,7 @@ def test_bfloat16_follows_the_recursion_to_its_precision(k: int, m: int, n: int)
 def test_the_mirrored_gram_matrix_is_the_gram_matrix() -> None:
     X = torch.randn(2, 515, 40, dtype=torch.float64)
     assert_close(_gram(X), X @ X.mT, rtol=1e-12, atol=1e-12)
-    assert torch.equal(_gram(X), _gram(X).mT)
+    assert torch.equal(_gram(X)[:, :257, 257:], _gram(X)[:, 257:, :257].mT)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 10])

@@ -12,6 +12,7 @@ Legend: G gradient (m, n), W weight; m rows = output features, n columns = input
 a (m), b (n) powers of two; q (m) RMS of the rows of G diag(c), so r = 1 / q; i rows, j columns.
 """
 
+from functools import partial
 from typing import Any
 
 import numba
@@ -38,8 +39,14 @@ _TRUSTED_LOW, _TRUSTED_HIGH = np.float32(2.0**-40), np.float32(2.0**40)  # of a 
 _ONE, _ZERO = np.float32(1), np.float32(0)
 _ZEROS, _STAGE, BUFFER = 4, 5, 6  # a buffer's rows: four that are worked on, one of zeros, one to convert in
 
-# "contract" allows fused multiply-add and nothing else: reassociating a product would leave the range.
-_jit = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+
+def _jit(function: Any) -> Any:
+    # "contract" allows fused multiply-add and nothing else: reassociating a product would leave the range.
+    compiler = partial(numba.njit, nogil=True, error_model="numpy", fastmath={"contract"})
+    try:
+        return compiler(cache=True)(function)
+    except RuntimeError:  # no folder to keep machine code in: every process compiles anew, a few seconds
+        return compiler()(function)
 
 
 @_jit
