@@ -16,6 +16,7 @@ FLOORS = {
     "whitening": 0,
     "sinkhorn.reference": 0,
     "sinkhorn.cpu_intrinsics": 0,
+    "sinkhorn.cpu_threads": 0,
     "sinkhorn.cpu_kernels": 1,
     "sinkhorn.triton_kernels": 1,
     "sinkhorn.cpu": 2,

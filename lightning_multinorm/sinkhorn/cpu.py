@@ -8,8 +8,6 @@ Needs Numba (``pip install 'lightning-multinorm[numba]'``). Float32, bfloat16 an
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from lightning_multinorm.rounding import key
 from lightning_multinorm.sinkhorn import cpu_kernels as kernels
+from lightning_multinorm.sinkhorn import cpu_threads
 
 _KINDS = {torch.float32: kernels.FLOAT32, torch.bfloat16: kernels.BFLOAT16, torch.float16: kernels.FLOAT16}
 _Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -25,7 +24,7 @@ _Item = TypeVar("_Item")
 
 
 def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See `lightning_multinorm.sinkhorn.scalings`; for tensors on the CPU; in float32.
+    """See `lightning_multinorm.sinkhorn.scalings`; for tensors on the CPU, in float32.
 
     Raises:
         TypeError: for float64.
@@ -34,13 +33,8 @@ def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple
     r, c, residuals = torch.ones(*batch, m), torch.ones(*batch, n), torch.zeros(*batch, iterations, 2)
     if gradient.numel():
         Gs = _matrices([gradient])
-        outputs = [x.view(len(Gs), *x.shape[len(batch) :]).numpy() for x in (r, c, residuals)]
-
-        def find(k: int, work: _Work, threads: int) -> None:
-            own = work._replace(r=outputs[0][k], c=outputs[1][k])
-            _find_scalings(Gs[k], iterations, outputs[2][k] if trace else None, own, threads)
-
-        _over_matrices(find, len(Gs), m, n)
+        traces = residuals.view(len(Gs), iterations, 2) if trace else None
+        _solve(None, Gs, (m, n), iterations, traces, keep=(r.view(len(Gs), m), c.view(len(Gs), n)))
     return r, c, residuals if trace else None
 
 
@@ -54,35 +48,35 @@ def update_(
     trace: bool = False,
     seed: int | Tensor | None = None,
 ) -> Tensor | None:
-    """See `lightning_multinorm.sinkhorn.update_`; for tensors on the CPU; in float32.
+    """See `lightning_multinorm.sinkhorn.update_`; for tensors on the CPU, in float32.
 
     Raises:
         TypeError: for float64.
     """
     *batch, m, n = gradients[0].shape
-    residuals = torch.zeros(len(weights), *batch, iterations, 2)
+    residuals = torch.zeros(len(weights), *batch, iterations, 2) if trace else None
     if gradients[0].numel():
         Ws, Gs = _matrices(weights), _matrices(gradients)
-        traces = residuals.view(len(Gs), iterations, 2).numpy()
+        traces = residuals.view(len(Gs), iterations, 2) if residuals is not None else None
         rate = float(lr)
-        step, keep = np.float32(rate), np.float32(1 - rate * weight_decay)
-
-        def change(k: int, work: _Work, threads: int) -> None:
-            noise = 0 if seed is None else key(int(seed), k)
-            rounding = (step, keep, seed is not None, noise)
-            if threads == 1:
-                kernels.step(*Ws[k], *Gs[k], iterations, trace, traces[k], *rounding, *work)
-                return
-            _find_scalings(Gs[k], iterations, traces[k] if trace else None, work, threads)
-
-            def rows(i: tuple[int, int], own: _Work) -> None:
-                kernels.update(*Ws[k], *Gs[k], *i, n, work.r, work.c, *rounding, own.buffer)
-
-            _run(rows, _panels(m), m, n, threads)
-
-        _over_matrices(change, len(Gs), m, n)
+        how = _How(rate, 1 - rate * weight_decay, None if seed is None else int(seed))
+        _solve(Ws, Gs, (m, n), iterations, traces, how=how)
         torch.autograd.graph.increment_version([W for W in weights if not W.is_inference()])
-    return residuals if trace else None
+    return residuals
+
+
+class _How(NamedTuple):
+    """``W <- keep · W - lr · X``, rounded with noise from the seed, if any."""
+
+    lr: float = 0.0
+    keep: float = 1.0
+    seed: int | None = None
+
+    def key(self, number: int) -> int:
+        return 0 if self.seed is None else key(self.seed, number)
+
+
+_UNUSED = _How()
 
 
 class _Matrix(NamedTuple):
@@ -129,17 +123,68 @@ def _matrices(tensors: Sequence[Tensor]) -> list[_Matrix]:
     return found
 
 
-def _find_scalings(G: _Matrix, iterations: int, residuals: _Floats | None, work: _Work, threads: int) -> None:
-    """work.r, work.c <- the scalings of G; ``residuals`` (L, 2), if any, are filled."""
-    if threads == 1:
-        trace = residuals is not None
-        kernels.scalings(*G, iterations, trace, residuals if trace else np.zeros((0, 2), np.float32), *work)
-    elif not _share_scalings(G, iterations, residuals, work, threads, scaled=False):
-        m, n = len(work.r), len(work.c)
-        kernels.equilibrate(*G, m, n, work.a, work.b, work.buffer)
-        _share_scalings(G, iterations, residuals, work, threads, scaled=True)
-        kernels.unscale(work.r, work.a)
-        kernels.unscale(work.c, work.b)
+def _solve(
+    Ws: "list[_Matrix] | None",
+    Gs: "list[_Matrix]",
+    shape: tuple[int, int],
+    iterations: int,
+    traces: Tensor | None,
+    *,
+    how: _How = _UNUSED,
+    keep: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Scalings of every G, kept or used to update W: whole matrices side by side if there are enough of them."""
+    threads = torch.get_num_threads()
+    if len(Gs) >= threads:
+        none = [_Matrix(0, Gs[0].kind, 0, 0)] * len(Gs)
+        rows = [
+            (W.address, W.row_stride, W.column_stride, G.address, G.row_stride, G.column_stride, how.key(k), *places)
+            for k, (W, G, *places) in enumerate(
+                zip(
+                    Ws or none,
+                    Gs,
+                    _places(traces, len(Gs)),
+                    *(_places(x, len(Gs)) for x in keep or (None, None)),
+                    strict=True,
+                )
+            )
+        ]
+        table = np.array(rows, kernels.MATRIX)
+        common = ((Ws or none)[0].kind, Gs[0].kind, *shape, iterations)
+        job = np.array(
+            [(0, len(Gs), table.ctypes.data, *common, traces is not None, how.seed is not None, how.lr, how.keep)],
+            kernels.JOB,
+        )
+        cpu_threads.run(kernels.work, kernels.team(), job.ctypes.data, threads)
+        return
+    work = _Work.empty(*shape)
+    for k, G in enumerate(Gs):
+        own = work if keep is None else work._replace(r=keep[0][k].numpy(), c=keep[1][k].numpy())
+        residuals = None if traces is None else traces[k].numpy()
+        if not _share_scalings(G, iterations, residuals, own, threads, scaled=False):
+            kernels.equilibrate(*G, *shape, own.a, own.b, own.buffer)
+            _share_scalings(G, iterations, residuals, own, threads, scaled=True)
+            kernels.unscale(own.r, own.a)
+            kernels.unscale(own.c, own.b)
+        if Ws is not None:
+            _share_update(Ws[k], G, own, how, how.key(k), threads)
+
+
+def _places(vectors: Tensor | None, count: int) -> Sequence[int]:
+    """The address of each of ``count`` rows of a contiguous tensor, 0 for none."""
+    if vectors is None:
+        return [0] * count
+    size = vectors.stride(0) * vectors.element_size()
+    return range(vectors.data_ptr(), vectors.data_ptr() + count * size, size) if size else [0] * count
+
+
+def _share_update(W: "_Matrix", G: "_Matrix", work: "_Work", how: _How, noise: int, threads: int) -> None:
+    rounding = (np.float32(how.lr), np.float32(how.keep), how.seed is not None, noise)
+
+    def rows(i: tuple[int, int], own: _Work) -> None:
+        kernels.update(*W, *G, *i, len(work.c), work.r, work.c, *rounding, own.buffer)
+
+    _run(rows, _panels(len(work.r)), len(work.r), len(work.c), threads)
 
 
 def _share_scalings(
@@ -175,17 +220,6 @@ def _panels(m: int) -> list[tuple[int, int]]:
     return [(i, min(i + kernels.PANEL, m)) for i in range(0, m, kernels.PANEL)]
 
 
-def _over_matrices(task: Callable[[int, _Work, int], None], count: int, m: int, n: int) -> None:
-    """task(k, work, threads) for every matrix: whole ones side by side if there are enough, else one after another."""
-    threads = torch.get_num_threads()
-    if count >= threads:
-        _run(lambda k, work: task(k, work, 1), range(count), m, n, threads)
-    else:
-        work = _Work.empty(m, n)
-        for k in range(count):
-            task(k, work, min(threads, len(_panels(m))))
-
-
 def _run(task: Callable[[_Item, _Work], None], items: Sequence[_Item], m: int, n: int, threads: int) -> None:
     """task(item, work) for all items; each thread takes the next one that is left."""
     remaining = iter(items)
@@ -196,13 +230,7 @@ def _run(task: Callable[[_Item, _Work], None], items: Sequence[_Item], m: int, n
             task(item, work)
 
     others = min(threads, len(items)) - 1
-    futures = [_pool(os.getpid(), others).submit(worker) for _ in range(others)]
+    futures = [cpu_threads.pool(os.getpid(), others).submit(worker) for _ in range(others)]
     worker()
     for future in futures:
         future.result()
-
-
-@lru_cache(maxsize=1)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """One pool, kept; a forked child, whose threads are gone, gets its own."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="sinkhorn")

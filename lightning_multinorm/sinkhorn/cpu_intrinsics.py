@@ -21,6 +21,17 @@ def pointer(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic
+def take(typingctx: Any, address: Any) -> Any:
+    """The integer at ``address``, which is one more for whoever comes next."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        where = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", where, ir.IntType(64)(1), "monotonic")
+
+    return types.int64(types.intp), codegen
+
+
+@intrinsic
 def add(typingctx: Any, x: Any, y: Any) -> Any:
     """x + y in whatever order suits the vector unit; only sums of positive terms use it."""
 

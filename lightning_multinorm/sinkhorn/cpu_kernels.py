@@ -1,18 +1,21 @@
 """The machine code of `cpu`: SR-Sinkhorn on one matrix or on a panel of its rows, compiled by Numba.
 
 Matrices come as addresses with strides in elements, so that bfloat16, which NumPy lacks, and transposed views need no
-copy: a row that is not contiguous float32 is converted into a buffer, four rows at a time.
+copy of a matrix: a row that cannot be read as it lies is converted into a buffer.
 
 A product by r or c may leave float32's range when a gradient lies at its ends. Sums are therefore watched: if one is
 too small or too large to be trusted, the matrix is done again on diag(a) G diag(b), where a and b are powers of two
 that bring every row's and column's largest entry near 1. Powers of two change no rounding, so both ways agree to the
 last bit wherever both are in range, and ordinary gradients pay nothing.
 
+All in one file, longer than others: Numba's cache of machine code looks at the file of a function alone, and would not
+notice a change in another. After a change in `cpu_intrinsics`, touch this one.
+
 Legend: G gradient (m, n), W weight; m rows = output features, n columns = input features; r (m), c (n) scalings;
 a (m), b (n) powers of two; q (m) RMS of the rows of G diag(c), so r = 1 / q; i rows, j columns.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numba
@@ -28,6 +31,7 @@ from lightning_multinorm.sinkhorn.cpu_intrinsics import (
     float_of_half,
     half_of_float,
     pointer,
+    take,
     widen,
 )
 
@@ -381,18 +385,58 @@ def update(
             _store(w, w_address, w_kind, w_column, n, stochastic, np.uint32(key), i * n)
 
 
+# A job: what all matrices share, in int64; and a row for each matrix. Addresses are integers.
+JOB = np.dtype(
+    [(name, np.int64) for name in ("next", "count", "matrices", "w_kind", "g_kind", "m", "n", "iterations")]
+    + [(name, np.int64) for name in ("trace", "stochastic")]
+    + [("lr", np.float64), ("keep", np.float64)]
+)
+MATRIX = np.dtype(
+    [(name, np.int64) for name in ("W", "w_row", "w_column", "G", "g_row", "g_column", "key", "residuals", "r", "c")]
+)
+
+
 @_jit
-def step(
-    W: int, w_kind: int, w_row: int, w_column: int, G: int, g_kind: int, g_row: int, g_column: int,
-    iterations: int, trace: bool, residuals: Any, lr: Any, keep: Any, stochastic: bool, key: int,
-    r: Any, c: Any, q: Any, sums: Any, total: Any, a: Any, b: Any, buffer: Any,
-) -> None:  # fmt: skip
-    """`scalings` and `update` of one matrix, by one thread."""
-    m, n = len(r), len(c)
-    scalings(G, g_kind, g_row, g_column, iterations, trace, residuals, r, c, q, sums, total, a, b, buffer)
-    update(
-        W, w_kind, w_row, w_column, G, g_kind, g_row, g_column, 0, m, n, r, c, lr, keep, stochastic, key, buffer
-    )  # fmt: skip
+def work(address: int) -> None:
+    """Take one matrix of a job after another: its scalings, kept if it has a place for them, and the update of W."""
+    job = carray(pointer(address), (1,), JOB)[0]
+    matrices = carray(pointer(job.matrices), (job.count,), MATRIX)
+    m, n, trace, stochastic = job.m, job.n, job.trace != 0, job.stochastic != 0
+    lr, keep = np.float32(job.lr), np.float32(job.keep)
+    r, c, q, a = np.empty(m, np.float32), np.empty(n, np.float32), np.empty(m + 3, np.float32), np.empty(m, np.float32)
+    sums, total, b = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
+    buffer = np.zeros((BUFFER, n), np.float32)
+    while True:
+        k = take(address)
+        if k >= job.count:
+            return
+        M = matrices[k]
+        residuals = carray(pointer(M.residuals), (job.iterations if trace else 0, 2), np.float32)
+        scalings(
+            M.G, job.g_kind, M.g_row, M.g_column, job.iterations, trace, residuals,
+            r, c, q, sums, total, a, b, buffer,
+        )  # fmt: skip
+        if M.r:
+            _floats(M.r, m)[:] = r
+            _floats(M.c, n)[:] = c
+        if M.W:
+            update(
+                M.W, job.w_kind, M.w_row, M.w_column, M.G, job.g_kind, M.g_row, M.g_column,
+                0, m, n, r, c, lr, keep, stochastic, M.key, buffer,
+            )  # fmt: skip
+
+
+@lru_cache
+def team() -> Any:
+    """`work` as a C function, compiled when first asked for."""
+    try:
+        return numba.cfunc("void(intp)", cache=True)(_team)
+    except RuntimeError:
+        return numba.cfunc("void(intp)")(_team)
+
+
+def _team(address: int) -> None:
+    work(address)
 
 
 @_jit
