@@ -75,33 +75,37 @@ def block_size(tensor: Tensor) -> int:
 def _alternate(G: Tensor, iterations: int, residuals: Tensor | None) -> tuple[Tensor, Tensor]:
     """r (B, m) and c (B, n) for G (B, m, n), whose matrices fit a block unless B = 1; fills residuals (B, L, 2).
 
-    The sums are sums, not matrix-vector products: a lowered matmul precision (TF32) must not reach them.
+    Squares and products go into two buffers, since large new tensors cost more than the arithmetic; a single block is
+    squared once. The sums are sums, not matrix-vector products: a lowered matmul precision must not reach them.
     """
     m, n = G.shape[-2:]
     a, b = _equilibrate(G)
     blocks = _row_blocks(G)
-    squares = [_squares(G[:, rows], a[:, rows], b) for rows in blocks] if len(blocks) == 1 else None
+    buffer, product = (a.new_empty(len(G), len(range(m)[blocks[0]]), n) for _ in range(2))
+    whole = _squares(G, a, b, buffer) if len(blocks) == 1 else None
 
     def read() -> Iterator[tuple[slice, Tensor]]:
-        for k, rows in enumerate(blocks):
-            yield rows, squares[k] if squares else _squares(G[:, rows], a[:, rows], b)
+        for rows in blocks:
+            yield rows, _squares(G[:, rows], a[:, rows], b, buffer) if whole is None else whole
 
     u = torch.ones_like(a)
     v = b.square().reciprocal()  # the first row sums are those of G itself, not of diag(a) G diag(b)
     for iteration in range(iterations):
         column_sums = torch.zeros_like(b)
         for rows, S in read():
-            row_sums = (S * v.unsqueeze(-2)).sum(-1)
+            row_sums = torch.mul(S, v.unsqueeze(-2), out=product[:, : S.shape[1]]).sum(-1)
             if residuals is not None and iteration > 0:
                 residuals[:, iteration - 1, 0] += _squared_error(row_sums * u[:, rows], n)
             u[:, rows] = _quotient(n, row_sums)
-            column_sums += (S * u[:, rows, None]).sum(-2)
+            column_sums += torch.mul(S, u[:, rows, None], out=product[:, : S.shape[1]]).sum(-2)
         v = _quotient(m, column_sums)
         if residuals is not None:
             residuals[:, iteration, 1] = _squared_error(column_sums * v, m)
     if residuals is not None:
         for rows, S in read():
-            residuals[:, -1, 0] += _squared_error((S * v.unsqueeze(-2)).sum(-1) * u[:, rows], n)
+            residuals[:, -1, 0] += _squared_error(
+                torch.mul(S, v.unsqueeze(-2), out=product[:, : S.shape[1]]).sum(-1) * u[:, rows], n
+            )
         residuals[..., 0].div_(m)
         residuals[..., 1].div_(n)
         residuals.sqrt_()
@@ -117,8 +121,10 @@ def _equilibrate(G: Tensor) -> tuple[Tensor, Tensor]:
     dtype = working_dtype(G)
     a = inverse_power_of_two(torch.cat([_largest(G[:, rows], -1) for rows in blocks], dim=1).to(dtype))
     largest = torch.zeros(len(G), G.shape[-1], dtype=dtype, device=G.device)
+    buffer = a.new_empty(len(G), len(range(G.shape[1])[blocks[0]]), G.shape[-1])
     for rows in blocks:
-        largest = torch.maximum(largest, _largest(G[:, rows].to(dtype) * a[:, rows, None], -2))
+        scaled = torch.mul(G[:, rows], a[:, rows, None], out=buffer[:, : len(range(G.shape[1])[rows])])
+        largest = torch.maximum(largest, _largest(scaled, -2))
     return a, inverse_power_of_two(largest)
 
 
@@ -137,9 +143,13 @@ def _apply_(
         for k, (W_k, G_k, r_k, c_k) in enumerate(zip(W, G, r, c, strict=True)):
             _apply_(W_k, G_k, r_k, c_k, lr, weight_decay, seed, number + k * W_k.shape[:-2].numel())
         return
-    for rows in [slice(None)] if W.ndim > 2 else _row_blocks(G.unsqueeze(0)):
-        W_rows = W[..., rows, :]
-        step = (G[..., rows, :].to(r.dtype) * (r[..., rows, None] * lr)).mul_(c.unsqueeze(-2))
+    blocks = [slice(None)] if W.ndim > 2 else _row_blocks(G.unsqueeze(0))
+    buffer = r.new_empty(G[..., blocks[0], :].shape) if blocks else None
+    for rows in blocks:
+        W_rows, G_rows = W[..., rows, :], G[..., rows, :]
+        assert buffer is not None
+        step = torch.mul(G_rows, r[..., rows, None] * lr, out=buffer[..., : G_rows.shape[-2], :])
+        step.mul_(c.unsqueeze(-2))
         if W.dtype == r.dtype:
             if weight_decay:
                 W_rows.mul_(1 - lr * weight_decay)
@@ -157,8 +167,9 @@ def _row_blocks(G: Tensor) -> list[slice]:
     return [slice(i, min(i + rows, m)) for i in range(0, m, rows)]
 
 
-def _squares(G: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return (G.to(a.dtype) * a.unsqueeze(-1)).mul_(b.unsqueeze(-2)).square_()
+def _squares(G: Tensor, a: Tensor, b: Tensor, buffer: Tensor) -> Tensor:
+    scaled = torch.mul(G, a.unsqueeze(-1), out=buffer[:, : G.shape[1]])
+    return scaled.mul_(b.unsqueeze(-2)).square_()
 
 
 def _largest(G: Tensor, dim: int) -> Tensor:
