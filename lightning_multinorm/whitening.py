@@ -50,8 +50,11 @@ def polar_newton_schulz(matrix: Tensor, *, k: int = 10, beta: float = 0.8, dtype
     T = _identity(A) * (3 * beta) - A.mul_(beta / scale)  # of the first step; it takes over the scaling of X, once
     if products is torch.bfloat16 or 2 * n <= 3 * m:
         X = _product(T.div_(scale.sqrt()).to(products), X)
-        for _ in range(k - 1):
-            X = _product(_gram(X), X, plus=X, beta=3 * beta, alpha=-beta)
+        together = 2 if 7 * n > 12 * m else 1
+        for _ in range((k - 1) // together):
+            X = _step(X, beta) if together == 1 else _two_steps(X, beta)
+        for _ in range((k - 1) % together):
+            X = _step(X, beta)
     else:
         Z, Y = T, _product(A.div_(beta), T)
         for step in range(1, k):
@@ -62,6 +65,20 @@ def polar_newton_schulz(matrix: Tensor, *, k: int = 10, beta: float = 0.8, dtype
         X = _product(Z.div_(scale.sqrt()), X)
     X = X.reshape(*batch, m, n)
     return (X if G is matrix else X.mT).to(matrix.dtype)
+
+
+def _step(X: Tensor, beta: float) -> Tensor:
+    """β (3 I - X Xᵀ) X, for X (b, m, n)."""
+    return _product(_gram(X), X, plus=X, beta=3 * beta, alpha=-beta)
+
+
+def _two_steps(X: Tensor, beta: float) -> Tensor:
+    """The same twice: with t = X Xᵀ and T = β (3 I - t) it is β (3 I - T t T) T X. For X much wider than high."""
+    t = _gram(X)
+    T = t * -beta
+    T.diagonal(dim1=-2, dim2=-1).add_(3 * beta)
+    second = _product(_product(T, t), T, plus=_identity(t), beta=3 * beta, alpha=-beta)
+    return _product(_product(second, T), X)
 
 
 def _identity(like: Tensor) -> Tensor:
