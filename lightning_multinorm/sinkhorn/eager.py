@@ -21,8 +21,9 @@ from torch import Tensor
 from lightning_multinorm.rounding import noise, round_to_bfloat16
 from lightning_multinorm.scaling import inverse_power_of_two, working_dtype
 
-# Entries of one block: small enough to stay in a CPU's cache, large enough to keep an accelerator busy.
-_BLOCK_CPU, _BLOCK_ACCELERATOR = 2**18, 2**24
+# Entries of one block: small enough to stay in a CPU's cache and to be no weight in memory, large enough to keep an
+# accelerator busy.
+_BLOCK_CPU, _BLOCK_ACCELERATOR = 2**17, 2**24
 
 
 def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -155,7 +156,7 @@ def _apply_(
                 W_rows.mul_(1 - lr * weight_decay)
             W_rows.sub_(step)
             continue
-        moved = W_rows.to(r.dtype) * (1 - lr * weight_decay) - step
+        moved = W_rows.to(r.dtype).mul_(1 - lr * weight_decay).sub_(step)
         if seed is not None:
             moved = round_to_bfloat16(moved, noise(seed, number, rows, W.shape[-1], W.device))
         W_rows.copy_(moved)  # rounds to the weight's precision once, at the end
