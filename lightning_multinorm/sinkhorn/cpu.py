@@ -28,7 +28,9 @@ def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple
 
     Raises:
         TypeError: for float64.
+        ValueError: for a tensor that is not on the CPU.
     """
+    _check([gradient], gradient.shape)
     *batch, m, n = gradient.shape
     r, c, residuals = torch.ones(*batch, m), torch.ones(*batch, n), torch.zeros(*batch, iterations, 2)
     if gradient.numel():
@@ -52,7 +54,12 @@ def update_(
 
     Raises:
         TypeError: for float64.
+        ValueError: for tensors of several shapes or dtypes, or not on the CPU.
     """
+    _check(gradients, gradients[0].shape)
+    _check(weights, gradients[0].shape)
+    if len(weights) != len(gradients):
+        raise ValueError(f"{len(weights)} weights do not match {len(gradients)} gradients")
     *batch, m, n = gradients[0].shape
     residuals = torch.zeros(len(weights), *batch, iterations, 2) if trace else None
     if gradients[0].numel():
@@ -111,16 +118,27 @@ def _matrices(tensors: Sequence[Tensor]) -> list[_Matrix]:
     """The matrices of tensors (..., m, n), in order."""
     found = []
     for tensor in tensors:
-        if tensor.dtype not in _KINDS:
-            raise TypeError(
-                f"kernel='numba' computes in float32 and takes float32, bfloat16 and float16, got {tensor.dtype}; "
-                "use kernel='eager'"
-            )
         if tensor.ndim > 2:
             found += _matrices(tensor.unbind())
         else:
             found.append(_Matrix(tensor.data_ptr(), _KINDS[tensor.dtype], *tensor.stride()))
     return found
+
+
+def _check(tensors: Sequence[Tensor], shape: torch.Size) -> None:
+    """Machine code trusts addresses: all tensors must be on the CPU, of one shape and of one dtype."""
+    dtype = tensors[0].dtype
+    if dtype not in _KINDS:
+        raise TypeError(
+            f"kernel='numba' computes in float32 and takes float32, bfloat16 and float16, got {dtype}; "
+            "use kernel='eager'"
+        )
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise ValueError(f"kernel='numba' works on the CPU, got a tensor on {tensor.device}; use kernel='auto'")
+        if tensor.shape != shape or tensor.dtype != dtype:
+            alike, got = f"{list(shape)} {dtype}", f"{list(tensor.shape)} {tensor.dtype}"
+            raise ValueError(f"matrices of one update must be alike, got {alike} and {got}")
 
 
 def _solve(

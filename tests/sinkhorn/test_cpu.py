@@ -98,6 +98,21 @@ def test_float64_is_refused_with_the_way_out() -> None:
         cpu.scalings(torch.ones(3, 4, dtype=torch.float64), 5)
 
 
+@pytest.mark.parametrize(
+    ("weights", "gradients", "message"),
+    [
+        ([torch.ones(3, 4)], [torch.ones(3, 5)], r"alike, got \[3, 5\] torch.float32 and \[3, 4\] torch.float32"),
+        ([torch.ones(3, 4)] * 2, [torch.ones(3, 4), torch.ones(3, 4).bfloat16()], "float32 and .*bfloat16"),
+        ([torch.ones(3, 4), torch.ones(3, 4).half()], [torch.ones(3, 4)] * 2, "float32 and .*float16"),
+        ([torch.ones(3, 4)], [torch.ones(3, 4)] * 2, "1 weights do not match 2 gradients"),
+        ([torch.ones(3, 4, device="meta")], [torch.ones(3, 4)], "works on the CPU, got a tensor on meta"),
+    ],
+)
+def test_what_addresses_would_not_tell_is_refused(weights: list[Tensor], gradients: list[Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cpu.update_(weights, gradients, lr=1.0)
+
+
 def test_autograd_notices_the_update() -> None:
     W = torch.randn(4, 5, requires_grad=True)
     loss = (W * W).sum()
