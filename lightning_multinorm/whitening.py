@@ -56,15 +56,38 @@ def polar_newton_schulz(matrix: Tensor, *, k: int = 10, beta: float = 0.8, dtype
         for _ in range((k - 1) % together):
             X = _step(X, beta)
     else:
-        Z, Y = T, _product(A.div_(beta), T)
-        for step in range(1, k):
-            T = _product(Z, Y, plus=_identity(Y), beta=3 * beta, alpha=-beta)
-            Z = _product(T, Z)
-            if step < k - 1:
-                Y = _product(Y, T)
-        X = _product(Z.div_(scale.sqrt()), X)
+        X = _product(_coupled(A.div_(beta), T, k, beta).div_(scale.sqrt()), X)
     X = X.reshape(*batch, m, n)
     return (X if G is matrix else X.mT).to(matrix.dtype)
+
+
+def inverse_root(gram: Tensor, *, k: int = 10, beta: float = 0.8) -> Tensor:
+    """The Newton–Schulz approximation of A^(-1/2): what `polar_newton_schulz` multiplies G by, from ``A = G Gᵀ``.
+
+    Args:
+        gram: (m, m), in float32 or float64; may be spoiled.
+        k: number of iterations.
+        beta: step size β.
+
+    Returns:
+        (m, m). A zero matrix gives a multiple of the identity.
+    """
+    A = gram.unsqueeze(0)
+    scale = _nonzero(torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True))
+    A = A.div_(scale)
+    T = _identity(A) * (3 * beta) - A * beta
+    return _coupled(A, T, k, beta).div_(scale.sqrt())[0]
+
+
+def _coupled(A: Tensor, T: Tensor, k: int, beta: float) -> Tensor:
+    """Z after k steps of the coupled iteration from A of Frobenius norm 1, the first of which is T."""
+    Z, Y = T, _product(A, T)
+    for step in range(1, k):
+        T = _product(Z, Y, plus=_identity(Y), beta=3 * beta, alpha=-beta)
+        Z = _product(T, Z)
+        if step < k - 1:
+            Y = _product(Y, T)
+    return Z
 
 
 def _step(X: Tensor, beta: float) -> Tensor:

@@ -11,8 +11,8 @@ from lightning_multinorm.alternating import Trace
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.groups import parameter_groups
-from lightning_multinorm.optim.views import as_matrices
 from lightning_multinorm.sinkhorn import scalings
+from lightning_multinorm.views import as_matrices
 
 
 class NormConvergence(Callback):

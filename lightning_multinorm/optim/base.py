@@ -1,22 +1,27 @@
-"""What the optimizers of the MultiNorm family share: groups, closure, batching of equal shapes, Adam, observers.
+"""What the optimizers of the MultiNorm family share: groups, closure, dispatch of parameters by rule and by layout.
 
-Abstract; the final classes `SinkGD`, `SWAN` and `MultiNormGD` add how a batch of matrices is updated.
+Abstract; the final classes `SinkGD`, `SWAN` and `MultiNormGD` add how matrices are updated.
 """
 
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_multinorm.alternating import Trace
+from lightning_multinorm.layouts import FlatSlice, is_dtensor, local, locate
+from lightning_multinorm.optim.checks import check_gradient, check_hyperparameters, check_parameter
 from lightning_multinorm.optim.fallback import adam_
 from lightning_multinorm.optim.groups import Group, resolve
-from lightning_multinorm.optim.views import as_matrices, check_view
-from lightning_multinorm.sinkhorn.eager import block_size
+from lightning_multinorm.rounding import lowbias32
+from lightning_multinorm.scaling import working_dtype
+from lightning_multinorm.sinkhorn.sharded import Job
+from lightning_multinorm.views import as_matrices, check_view, matrix_count
 
 Observer = Callable[[Tensor, Trace], None]
 """Called with a parameter and the trace of its update; the residuals (iterations, norms) stay on the device."""
@@ -26,9 +31,22 @@ class MultiNormOptimizer(Optimizer):
     """Base of the family: one optimizer that multi-normalises matrices, without state, and runs Adam on the rest.
 
     Group keys beside ``params``: "rule" ("multinorm" or "adam"), "view" (how a parameter lies as a matrix), "name",
-    "lr", "lr_scale" and "weight_decay". The effective learning rate is ``lr · lr_scale``, so every scheduler of torch
-    works unchanged.
+    "lr", "lr_scale", "weight_decay" and "stochastic_rounding". The effective learning rate is ``lr · lr_scale``, so
+    every scheduler of torch works unchanged.
+
+    Parameters may be whole (on one device, or on every rank of DDP), DTensors on any mesh (FSDP2, HSDP, tensor
+    parallelism), or FSDP1's slices; with sharded ones ``step`` is a collective call.
+
+    Attributes:
+        observers: called with every multi-normalised parameter and its trace; none, no trace is made.
+        replicas: ranks with the same whole parameters and gradients, as DDP's. If set, costly updates of whole
+            matrices are divided among them; SinkGD's are not worth it.
     """
+
+    _scheme: ClassVar[tuple[str, ...]] = ()
+    """Hyper-parameters that matrices updated together must share."""
+    _divisible: ClassVar[bool] = False
+    """Whether computing an update costs more than sending it."""
 
     def __init__(
         self,
@@ -38,11 +56,14 @@ class MultiNormOptimizer(Optimizer):
         matrix_lr_scale: float,
         fallback_lr_scale: float,
     ) -> None:
-        _check_hyperparameters(
+        check_hyperparameters(
             type(self).__name__,
             {**defaults, "matrix_lr_scale": matrix_lr_scale, "fallback_lr_scale": fallback_lr_scale},
         )
         self.observers: list[Observer] = []
+        self.replicas: dist.ProcessGroup | None = None
+        self._slices: dict[Tensor, FlatSlice] = {}
+        self._numbers: dict[Tensor, int] = {}
         self._lr_scales = {"multinorm": matrix_lr_scale, "adam": fallback_lr_scale}
         self._nameless = False
         super().__init__(params, defaults)
@@ -62,8 +83,10 @@ class MultiNormOptimizer(Optimizer):
             ValueError: for an unknown rule, or a parameter that the rule cannot update.
         """
         owner = type(self).__name__
+        slices = param_group.pop("slices", {})
         parts, nameless = resolve(param_group, owner)
         self._nameless = self._nameless or nameless
+        self._slices.update(slices)
         for part in parts:
             part.setdefault("lr_scale", self._lr_scales[part["rule"]])
             for name in ("lr", "lr_scale", "weight_decay"):
@@ -71,10 +94,11 @@ class MultiNormOptimizer(Optimizer):
                     raise ValueError(f"{owner}: {name}={part[name]} of group {part.get('name')} must not be negative")
             for entry in part["params"]:
                 name, parameter = entry if isinstance(entry, tuple) else ("a parameter", entry)
-                _check_parameter(owner, name, parameter)
+                check_parameter(owner, name, parameter, located=parameter in slices)
                 if part["rule"] == "multinorm":
-                    check_view(parameter, part["view"])
+                    check_view(slices[parameter].shape if parameter in slices else parameter.shape, part["view"])
             super().add_param_group(part)
+        self._numbers = {}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -93,36 +117,144 @@ class MultiNormOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update([(group, self._with_gradient(group)) for group in self.param_groups])
         for group in self.param_groups:
-            names = group.get("param_names", ["a parameter"] * len(group["params"]))
-            parameters = []
-            for name, parameter in zip(names, group["params"], strict=True):
-                if parameter.grad is not None:
-                    _check_gradient(type(self).__name__, name, parameter.grad)
-                    parameters.append(parameter)
-            lr = group["lr"] * group["lr_scale"]
-            if group["rule"] == "adam":
-                adam_(parameters, self.state, group, lr)
-            else:
-                self._multinorm_step(parameters, group, lr)
+            if "rounding_steps" in group:
+                group["rounding_steps"] += 1
         return loss
 
-    def _multinorm_step(self, parameters: Sequence[Tensor], group: Group, lr: float | Tensor) -> None:
-        for batch in _equal_shapes(parameters):
-            weights = [as_matrices(parameter, group["view"]) for parameter in batch]
-            gradients = [as_matrices(p.grad, group["view"], like=p) for p in batch if p.grad is not None]
-            trace = self._update_(weights, gradients, group, lr, observe=bool(self.observers))
-            if trace is None:
+    @torch.no_grad()
+    def step_parameter(self, parameter: Tensor) -> None:
+        """The step of one parameter alone, inside backward: see `release.release_gradients`."""
+        group = next(group for group in self.param_groups if any(parameter is p for p in group["params"]))
+        self._update([(group, [parameter])])
+
+    def _with_gradient(self, group: Group) -> list[Tensor]:
+        names = group.get("param_names", ["a parameter"] * len(group["params"]))
+        found = []
+        for name, parameter in zip(names, group["params"], strict=True):
+            # FSDP1 leaves empty slices without a gradient, but their ranks take part in the sums.
+            if parameter.grad is None and parameter in self._slices and parameter.numel() == 0:
+                parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is not None:
+                check_gradient(type(self).__name__, name, parameter.grad)
+                found.append(parameter)
+        return found
+
+    def _update(self, work: Sequence[tuple[Group, list[Tensor]]]) -> None:
+        sharded: list[tuple[Tensor, Group]] = []
+        for group, parameters in work:
+            if group["rule"] == "adam":
+                adam_(parameters, self.state, group, group["lr"] * group["lr_scale"], self._seeds(group, parameters))
                 continue
-            for parameter, residuals in zip(batch, trace.residuals, strict=True):
-                if residuals.ndim > 2:  # several matrices in one parameter: their root mean square
-                    residuals = residuals.flatten(0, -3).square().mean(0).sqrt()
-                for observer in self.observers:
-                    observer(parameter, Trace(trace.norms, residuals))
+            whole = [p for p in parameters if not (is_dtensor(p) or p in self._slices)]
+            self._step_whole(whole, group)
+            sharded += [(p, group) for p in parameters if is_dtensor(p) or p in self._slices]
+        if sharded:
+            self._step_sharded(sharded)
+
+    def _step_whole(self, parameters: Sequence[Tensor], group: Group) -> None:
+        for batch in _equal_shapes(parameters):
+            if self.replicas is not None and self._divisible:
+                self._divide(batch, group)
+                continue
+            trace = self._update_batch(batch, group)
+            if trace is not None:
+                self._observe(batch, trace.norms, trace.residuals)
+
+    def _update_batch(self, batch: Sequence[Tensor], group: Group) -> Trace | None:
+        weights = [as_matrices(parameter, group["view"]) for parameter in batch]
+        gradients = [as_matrices(p.grad, group["view"], like=p) for p in batch if p.grad is not None]
+        lr, seeds = group["lr"] * group["lr_scale"], self._seeds(group, batch[:1])
+        return self._update_(weights, gradients, group, lr, seeds[0], observe=bool(self.observers))
+
+    def _divide(self, batch: Sequence[Tensor], group: Group) -> None:
+        """Each replica updates every so many-th parameter, and sends it to the others."""
+        rank, world = dist.get_rank(self.replicas), dist.get_world_size(self.replicas)
+        traces: dict[int, Trace] = {}
+        for k in range(rank, len(batch), world):
+            trace = self._update_batch([batch[k]], group)
+            if trace is not None:
+                traces[k] = Trace(trace.norms, trace.residuals[0].cpu())
+        sent = [
+            dist.broadcast(p.data, group=self.replicas, group_src=k % world, async_op=True) for k, p in enumerate(batch)
+        ]
+        for work in sent:
+            work.wait()
+        if self.observers:
+            gathered: list[Any] = [None] * world
+            dist.all_gather_object(gathered, traces, group=self.replicas)
+            found = {k: trace for part in gathered for k, trace in part.items()}
+            residuals = [found[k].residuals.to(p.device) for k, p in enumerate(batch)]
+            self._observe(batch, found[0].norms, residuals)
+
+    def _step_sharded(self, parameters: Sequence[tuple[Tensor, Group]]) -> None:
+        buckets: dict[tuple[Any, ...], list[tuple[Tensor, Group]]] = {}
+        for p, group in parameters:
+            scheme = tuple(group[name] for name in self._scheme)
+            buckets.setdefault((p.device, working_dtype(p), scheme), []).append((p, group))
+        for bucket in buckets.values():
+            jobs: list[Job] = []
+            for k, (p, group) in enumerate(bucket):
+                assert p.grad is not None
+                lr, decay, (seed,) = group["lr"] * group["lr_scale"], group["weight_decay"], self._seeds(group, [p])
+                for i, matrix in enumerate(locate(p, p.grad, group["view"], self._slices.get(p))):
+                    jobs.append(Job(matrix, k, lr, decay, None if seed is None else seed + i))
+            p, group = bucket[0]
+            trace = self._update_sharded_(jobs, group, local(p), observe=bool(self.observers))
+            if trace is not None:
+                self._observe([p for p, _ in bucket], trace.norms, trace.residuals)
+
+    def _observe(self, parameters: Sequence[Tensor], norms: tuple[str, ...], residuals: Iterable[Tensor]) -> None:
+        for parameter, found in zip(parameters, residuals, strict=True):
+            if found.ndim > 2:  # several matrices in one parameter: their root mean square
+                found = found.flatten(0, -3).square().mean(0).sqrt()
+            for observer in self.observers:
+                observer(parameter, Trace(norms, found))
+
+    def _seeds(self, group: Group, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """What each bfloat16 parameter is rounded by in this step, from the group's count of steps.
+
+        The count is a tensor on the parameters' device, so that a captured CUDA graph goes on counting. Of parameters
+        that are updated together the seeds count up, so that one alone is rounded like one among others.
+        """
+        if not group["stochastic_rounding"]:
+            return [None] * len(parameters)
+        if not self._numbers:
+            self._number()
+        seeds: list[Tensor | None] = []
+        for p in parameters:
+            if p.dtype is not torch.bfloat16:
+                seeds.append(None)
+                continue
+            steps = group.setdefault("rounding_steps", torch.zeros((), dtype=torch.int64, device=p.device))
+            if steps.device != p.device:
+                group["rounding_steps"] = steps = steps.to(p.device)
+            seeds.append(lowbias32(steps) + self._numbers[p])
+        return seeds
+
+    def _number(self) -> None:
+        """Number the matrices of all parameters, those of a group that are updated together in one run."""
+        count = 0
+        for group in self.param_groups:
+            alike: dict[tuple[Any, ...], list[Tensor]] = {}
+            for p in group["params"]:
+                alike.setdefault((p.shape, p.dtype, p.device), []).append(p)
+            for p in (p for batch in alike.values() for p in batch):
+                self._numbers[p] = count
+                shape = self._slices[p].shape if p in self._slices else p.shape
+                count += matrix_count(shape, group["view"]) if group["rule"] == "multinorm" else 1
 
     @abstractmethod
     def _update_(
-        self, weights: Sequence[Tensor], gradients: Sequence[Tensor], group: Group, lr: float | Tensor, observe: bool
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        group: Group,
+        lr: float | Tensor,
+        seed: Tensor | None,
+        *,
+        observe: bool,
     ) -> Trace | None:
         """Update matrices (..., m, n) of one shape, dtype and device in place.
 
@@ -130,46 +262,30 @@ class MultiNormOptimizer(Optimizer):
             If ``observe``, a trace whose residuals are (len(weights), ..., iterations, norms).
         """
 
+    @abstractmethod
+    def _update_sharded_(self, jobs: Sequence[Job], group: Group, like: Tensor, *, observe: bool) -> Trace | None:
+        """Update sharded matrices of any shapes, on one device, in place; on all ranks alike.
+
+        Args:
+            jobs: the matrices, each with its learning rate, weight decay and seed.
+            group: for the hyper-parameters in ``_scheme``.
+            like: a parameter's shard, for device and dtype where this rank's shards are all empty.
+            observe: whether to return a trace.
+
+        Returns:
+            If ``observe``, a trace whose residuals are (parameters, iterations, norms).
+        """
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_lr_scales": self._lr_scales}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("observers", [])
+        self.__dict__.setdefault("replicas", None)
+        self.__dict__.setdefault("_slices", {})
+        self._numbers = {}
         self.__dict__.setdefault("_nameless", False)
         super().__setstate__(state)
-
-
-def apply_normalized_(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    normalize: Callable[[Tensor], tuple[Tensor, Trace | None]],
-    *,
-    lr: float | Tensor,
-    weight_decay: float,
-) -> Trace | None:
-    """``W <- (1 - lr · weight_decay) W - lr · normalize(G)`` for matrices of one shape, stacked up to a block.
-
-    ``normalize`` maps (k, ..., m, n) to as much, in float32 or wider.
-    """
-    traces = []
-    per_stack = max(1, block_size(gradients[0]) // max(1, gradients[0].numel()))
-    for i in range(0, len(weights), per_stack):
-        part = gradients[i : i + per_stack]
-        G = torch.stack(list(part)) if len(part) > 1 else part[0].unsqueeze(0)
-        X, trace = normalize(G.to(torch.promote_types(G.dtype, torch.float32)))
-        for W, X_k in zip(weights[i : i + per_stack], X, strict=True):
-            if W.dtype != X.dtype:  # round to the weight's precision once, at the end
-                W.copy_(W.to(X.dtype) * (1 - lr * weight_decay) - X_k * lr)
-                continue
-            if weight_decay:
-                W.mul_(1 - lr * weight_decay)
-            if isinstance(lr, Tensor):
-                W.sub_(X_k.mul_(lr))
-            else:
-                W.add_(X_k, alpha=-lr)
-        traces.append(trace)
-    kept = [trace for trace in traces if trace is not None]
-    return Trace(kept[0].norms, torch.cat([trace.residuals for trace in kept])) if kept else None
 
 
 def _equal_shapes(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -179,42 +295,3 @@ def _equal_shapes(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         key = (parameter.shape, parameter.dtype, parameter.grad.dtype, parameter.device)
         batches.setdefault(key, []).append(parameter)
     yield from batches.values()
-
-
-def _check_hyperparameters(owner: str, values: dict[str, Any]) -> None:
-    for name in ("lr", "matrix_lr_scale", "fallback_lr_scale", "weight_decay", "eps"):
-        if not values[name] >= 0:
-            raise ValueError(f"{owner}: {name}={values[name]} must not be negative")
-    if len(values["betas"]) != 2 or not all(0 <= beta < 1 for beta in values["betas"]):
-        raise ValueError(f"{owner}: betas={values['betas']} must be two numbers in [0, 1)")
-    if "iterations" in values and values["iterations"] < 1:
-        raise ValueError(f"{owner}: iterations={values['iterations']} must be at least 1")
-
-
-def _check_parameter(owner: str, name: str, parameter: Tensor) -> None:
-    if not parameter.is_floating_point():
-        raise TypeError(
-            f"{owner}: {name} is {parameter.dtype}; only real floating-point parameters are supported. "
-            "View a complex one with torch.view_as_real, or give it to another optimizer"
-        )
-    if _is_sharded(parameter):
-        raise NotImplementedError(
-            f"{owner}: {name} is a DTensor, a shard of a matrix whose rows and columns lie on several ranks; sharded "
-            "parameters are not supported yet: use DDP"
-        )
-
-
-def _is_sharded(parameter: Tensor) -> bool:
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return False
-    from torch.distributed.tensor import DTensor  # slow to import, and needed in distributed runs alone
-
-    return isinstance(parameter, DTensor)
-
-
-def _check_gradient(owner: str, name: str, gradient: Tensor) -> None:
-    if gradient.layout is not torch.strided:
-        raise RuntimeError(
-            f"{owner}: the gradient of {name} is sparse; use sparse=False in its embedding, "
-            "or give it to another optimizer"
-        )

@@ -1,6 +1,8 @@
 """What parameters get that are no hidden matrices: Adam with decoupled weight decay, as in the papers.
 
-The arithmetic is `torch.optim.adamw.adamw`'s, so the state has AdamW's names and its memory.
+The arithmetic is `torch.optim.adamw.adamw`'s, so the state has AdamW's names and its memory. Bfloat16 parameters that
+are rounded stochastically are computed in float32, a block at a time; their second moments are rounded stochastically
+too, since a decay of 1/1000 is below what bfloat16 resolves, and they could otherwise only grow.
 """
 
 from collections.abc import Sequence
@@ -10,17 +12,28 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lightning_multinorm.layouts import local
+from lightning_multinorm.rounding import lowbias32, round_to_bfloat16
+from lightning_multinorm.sinkhorn.eager import block_size
+
 _FUSED = ("cpu", "cuda")
 
 
-def adam_(parameters: Sequence[Tensor], state: dict[Tensor, dict[str, Any]], group: dict[str, Any], lr: Any) -> None:
-    """One Adam step on every parameter that has a gradient, in place.
+def adam_(
+    parameters: Sequence[Tensor],
+    state: dict[Tensor, dict[str, Any]],
+    group: dict[str, Any],
+    lr: Any,
+    seeds: Sequence[Tensor | None],
+) -> None:
+    """One Adam step on every parameter, in place.
 
     Args:
-        parameters: of any shapes; their gradients are read, their ``state`` created at their first step.
+        parameters: of any shapes, with gradients; their ``state`` is created at their first step.
         state: the optimizer's.
         group: its "betas", "eps" and "weight_decay".
         lr: effective learning rate, a number or a 0-d tensor.
+        seeds: for each parameter, what it is rounded by stochastically, or None.
     """
     for parameter in parameters:
         if not state[parameter]:
@@ -29,6 +42,15 @@ def adam_(parameters: Sequence[Tensor], state: dict[Tensor, dict[str, Any]], gro
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+    _plain_adam_([p for p, seed in zip(parameters, seeds, strict=True) if seed is None], state, group, lr)
+    for parameter, seed in zip(parameters, seeds, strict=True):
+        if seed is not None:
+            _rounded_adam_(parameter, state[parameter], group, lr, seed)
+
+
+def _plain_adam_(
+    parameters: Sequence[Tensor], state: dict[Tensor, dict[str, Any]], group: dict[str, Any], lr: Any
+) -> None:
     states = [state[parameter] for parameter in parameters]
     beta1, beta2 = group["betas"]
     fused = all(parameter.device.type in _FUSED for parameter in parameters)
@@ -49,3 +71,29 @@ def adam_(parameters: Sequence[Tensor], state: dict[Tensor, dict[str, Any]], gro
         eps=group["eps"],
         maximize=False,
     )
+
+
+def _rounded_adam_(parameter: Tensor, state: dict[str, Any], group: dict[str, Any], lr: Any, seed: Tensor) -> None:
+    state["step"] += 1
+    step, (beta1, beta2) = state["step"], group["betas"]
+    rate, root = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
+    assert parameter.grad is not None
+    flat = [local(x).flatten() for x in (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
+    size = block_size(flat[0])
+    for start in range(0, flat[0].numel(), size):
+        w, g, m, v = (x[start : start + size] for x in flat)
+        noise = _noise(seed, start, len(w), w.device)
+        gradient = g.float()
+        mean, variance = m.float().lerp_(gradient, 1 - beta1), v.float().mul_(beta2)
+        variance.addcmul_(gradient, gradient, value=1 - beta2)
+        moved = w.float().mul_(1 - lr * group["weight_decay"])
+        moved.sub_(mean.mul(rate).div_(variance.sqrt().div_(root).add_(group["eps"])))
+        w.copy_(round_to_bfloat16(moved, noise >> 16))
+        m.copy_(mean)
+        v.copy_(round_to_bfloat16(variance, noise & 0xFFFF))
+
+
+def _noise(seed: Tensor, start: int, count: int, device: torch.device) -> Tensor:
+    """Uniform 32-bit noise for entries start .. start + count of a parameter, int64."""
+    entry = torch.arange(start, start + count, device=device) & 0xFFFFFFFF
+    return lowbias32(entry ^ lowbias32(seed & 0xFFFFFFFF))

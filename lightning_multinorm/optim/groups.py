@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from lightning_multinorm.optim.routing import Kind, Route, route_by_name, route_by_shape, route_model
-from lightning_multinorm.optim.views import check_view
+from lightning_multinorm.views import check_view
 
 Rule = Literal["multinorm", "adam"]
 Group = dict[str, Any]
@@ -126,7 +126,7 @@ def _add(
         label += f"-{rule}"
     if rule == "multinorm":
         try:
-            check_view(parameter, route.view)
+            check_view(parameter.shape, route.view)
         except ValueError as error:
             raise ValueError(f"{name or 'a parameter'} cannot be multi-normalised: {error}; give it 'adam'") from None
     group = groups.setdefault(label, {"name": label, "rule": rule, "view": view, "params": []})

@@ -10,7 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-_STATE = ("params", "param_names", "lr", "initial_lr")
+_STATE = ("params", "param_names", "lr", "initial_lr", "rounding_steps")
 
 
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:

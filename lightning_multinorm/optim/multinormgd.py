@@ -8,8 +8,10 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_multinorm.alternating import Trace, multi_normalize
 from lightning_multinorm.norms import Norm
-from lightning_multinorm.optim.base import MultiNormOptimizer, apply_normalized_
+from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.groups import Group
+from lightning_multinorm.optim.normalized import Normalize, apply_normalized_, apply_sharded_, gathered
+from lightning_multinorm.sinkhorn.sharded import Job
 
 
 @final
@@ -17,7 +19,8 @@ class MultiNormGD(MultiNormOptimizer):
     """Gradient descent with gradients normalised by several norms in turn; no state on matrices.
 
     ``W <- W - lr · matrix_lr_scale · MultiNorm(G, L, norms)`` for matrices (m, n); Adam for everything else
-    (arXiv:2502.06742, Algorithm 2). For rows and columns `SinkGD` does the same faster.
+    (arXiv:2502.06742, Algorithm 2). For rows and columns `SinkGD` does the same faster. A sharded gradient is gathered,
+    one matrix at a time, since a norm may ask for all of it.
 
     Args:
         params: as for `SinkGD`.
@@ -28,12 +31,16 @@ class MultiNormGD(MultiNormOptimizer):
         weight_decay: decoupled, times the effective learning rate, on every group (default: 0).
         betas: Adam's, for what is not a matrix (default: (0.9, 0.999)).
         eps: Adam's, likewise (default: 1e-8).
+        stochastic_rounding: round bfloat16 parameters at random, without bias (default), or to nearest.
         fallback_lr_scale: Adam's learning rate is ``lr · fallback_lr_scale`` (default: 1).
 
     Raises:
         ValueError: for no norms, hyper-parameters out of range, an unknown rule, or a rule that does not fit a shape.
         TypeError: for complex or integer parameters.
     """
+
+    _scheme = ("iterations",)
+    _divisible = True
 
     def __init__(
         self,
@@ -46,23 +53,46 @@ class MultiNormGD(MultiNormOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         *,
+        stochastic_rounding: bool = True,
         fallback_lr_scale: float = 1.0,
     ) -> None:
         if not norms:
             raise ValueError("MultiNormGD: norms is empty; give at least one, such as RowNorm()")
         self.norms = tuple(norms)
-        defaults = {"lr": lr, "iterations": iterations, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        defaults = {
+            "lr": lr,
+            "iterations": iterations,
+            "weight_decay": weight_decay,
+            "betas": betas,
+            "eps": eps,
+            "stochastic_rounding": stochastic_rounding,
+        }
         super().__init__(params, defaults, matrix_lr_scale=matrix_lr_scale, fallback_lr_scale=fallback_lr_scale)
 
     def _update_(
-        self, weights: Sequence[Tensor], gradients: Sequence[Tensor], group: Group, lr: float | Tensor, observe: bool
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        group: Group,
+        lr: float | Tensor,
+        seed: Tensor | None,
+        *,
+        observe: bool,
     ) -> Trace | None:
+        normalize = self._normalize(group, observe)
+        return apply_normalized_(weights, gradients, normalize, lr=lr, weight_decay=group["weight_decay"], seed=seed)
+
+    def _update_sharded_(self, jobs: Sequence[Job], group: Group, like: Tensor, *, observe: bool) -> Trace | None:
+        normalize = self._normalize(group, observe)
+        return apply_sharded_(jobs, lambda matrix: gathered(matrix, normalize, like))
+
+    def _normalize(self, group: Group, observe: bool) -> Normalize:
         def normalize(G: Tensor) -> tuple[Tensor, Trace | None]:
             if observe:
                 return multi_normalize(G, self.norms, group["iterations"], return_trace=True)
             return multi_normalize(G, self.norms, group["iterations"]), None
 
-        return apply_normalized_(weights, gradients, normalize, lr=lr, weight_decay=group["weight_decay"])
+        return normalize
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "norms": self.norms}

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lightning_multinorm.optim.views import View
+from lightning_multinorm.views import View
 
 Kind = Literal["matrix", "embedding", "head", "norm", "bias"]
 """matrix: weights of attention, MLP and convolutions. head: what maps back to the vocabulary or to classes. bias: every

@@ -10,7 +10,8 @@ from lightning_multinorm import sinkhorn
 from lightning_multinorm.alternating import Trace
 from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.groups import Group
-from lightning_multinorm.sinkhorn.select import check_kernel
+from lightning_multinorm.sinkhorn import select, sharded
+from lightning_multinorm.sinkhorn.sharded import Job
 
 
 @final
@@ -30,6 +31,8 @@ class SinkGD(MultiNormOptimizer):
         weight_decay: decoupled, times the effective learning rate, on every group (default: 0).
         betas: Adam's, for what is not a matrix (default: (0.9, 0.999)).
         eps: Adam's, likewise (default: 1e-8).
+        stochastic_rounding: round bfloat16 parameters up or down at random, so that the expected value is exact and
+            no update is lost (default); to nearest if False. Other dtypes are always rounded to nearest.
         fallback_lr_scale: Adam's learning rate is ``lr · fallback_lr_scale`` (default: 1: one lr for all).
         kernel: what computes SR-Sinkhorn. "auto" (default) takes Numba on CPUs and Triton on GPUs where they are
             installed and the dtypes are float32, bfloat16 or float16, else plain PyTorch ("eager").
@@ -39,6 +42,8 @@ class SinkGD(MultiNormOptimizer):
         ModuleNotFoundError: for a kernel whose package is missing.
         TypeError: for complex or integer parameters.
     """
+
+    _scheme = ("iterations",)
 
     def __init__(
         self,
@@ -50,19 +55,34 @@ class SinkGD(MultiNormOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         *,
+        stochastic_rounding: bool = True,
         fallback_lr_scale: float = 1.0,
         kernel: sinkhorn.Kernel = "auto",
     ) -> None:
-        check_kernel(kernel)
+        select.check_kernel(kernel)
         self._kernel = kernel
-        defaults = {"lr": lr, "iterations": iterations, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        defaults = {
+            "lr": lr,
+            "iterations": iterations,
+            "weight_decay": weight_decay,
+            "betas": betas,
+            "eps": eps,
+            "stochastic_rounding": stochastic_rounding,
+        }
         super().__init__(params, defaults, matrix_lr_scale=matrix_lr_scale, fallback_lr_scale=fallback_lr_scale)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kernel": self._kernel}
 
     def _update_(
-        self, weights: Sequence[Tensor], gradients: Sequence[Tensor], group: Group, lr: float | Tensor, observe: bool
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        group: Group,
+        lr: float | Tensor,
+        seed: Tensor | None,
+        *,
+        observe: bool,
     ) -> Trace | None:
         residuals = sinkhorn.update_(
             weights,
@@ -71,6 +91,13 @@ class SinkGD(MultiNormOptimizer):
             weight_decay=group["weight_decay"],
             iterations=group["iterations"],
             trace=observe,
+            seed=seed,
             kernel=self._kernel,
         )
+        return None if residuals is None else Trace(("row", "column"), residuals)
+
+    def _update_sharded_(self, jobs: Sequence[Job], group: Group, like: Tensor, *, observe: bool) -> Trace | None:
+        tensors = [x for job in jobs for piece in job.matrix.pieces for x in (piece.weight, piece.gradient)]
+        passes = select.passes(self._kernel, like.device, {x.dtype for x in [*tensors, like]})
+        residuals = sharded.update_(jobs, group["iterations"], passes, like, trace=observe)
         return None if residuals is None else Trace(("row", "column"), residuals)

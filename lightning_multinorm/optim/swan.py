@@ -8,9 +8,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_multinorm.alternating import Trace
+from lightning_multinorm.layouts import ShardedMatrix, gather
 from lightning_multinorm.norms import RowNorm, SpectralNorm
-from lightning_multinorm.optim.base import MultiNormOptimizer, apply_normalized_
+from lightning_multinorm.optim.base import MultiNormOptimizer
+from lightning_multinorm.optim.gram import has_local_gram, whitened
 from lightning_multinorm.optim.groups import Group
+from lightning_multinorm.optim.normalized import Normalize, apply_normalized_, apply_sharded_, gathered
+from lightning_multinorm.sinkhorn.sharded import Job
 from lightning_multinorm.whitening import Orthogonalization, polar_newton_schulz, polar_svd
 
 _NORMS = (RowNorm(), SpectralNorm("newton_schulz", k=20, beta=0.5))  # what the residuals are measured against
@@ -23,6 +27,9 @@ class SWAN(MultiNormOptimizer):
     ``W <- W - lr · matrix_lr_scale · √(mn) · X / ‖X‖_F`` with ``X = GradWhitening(GradNorm(G))``, an update with
     entries of RMS 1 for matrices (m, n); Adam for everything else (arXiv:2412.13148, Algorithms 1 to 3). In the terms
     of arXiv:2502.06742 this is MultiNorm with the row and the spectral norm, L = 1.
+
+    Of a sharded matrix only the Gram matrix of its short side travels if the long side is sharded, and is whitened in
+    float32; else, and for "svd", the gradient is gathered, one matrix at a time.
 
     Args:
         params: as for `SinkGD`.
@@ -37,12 +44,16 @@ class SWAN(MultiNormOptimizer):
         weight_decay: decoupled, times the effective learning rate, on every group (default: 0).
         betas: Adam's, for what is not a matrix (default: (0.9, 0.999)).
         eps: Adam's, likewise (default: 1e-8).
+        stochastic_rounding: round bfloat16 parameters at random, without bias (default), or to nearest.
         fallback_lr_scale: Adam's learning rate is ``lr · fallback_lr_scale`` (default: 1).
 
     Raises:
         ValueError: for hyper-parameters out of range, an unknown rule, or a rule that does not fit a shape.
         TypeError: for complex or integer parameters.
     """
+
+    _scheme = ("whitening", "k", "beta", "precision", "center")
+    _divisible = True
 
     def __init__(
         self,
@@ -58,6 +69,7 @@ class SWAN(MultiNormOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         *,
+        stochastic_rounding: bool = True,
         fallback_lr_scale: float = 1.0,
     ) -> None:
         SpectralNorm(whitening)  # refuses an unknown one
@@ -77,27 +89,57 @@ class SWAN(MultiNormOptimizer):
             "weight_decay": weight_decay,
             "betas": betas,
             "eps": eps,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults, matrix_lr_scale=matrix_lr_scale, fallback_lr_scale=fallback_lr_scale)
 
     def _update_(
-        self, weights: Sequence[Tensor], gradients: Sequence[Tensor], group: Group, lr: float | Tensor, observe: bool
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        group: Group,
+        lr: float | Tensor,
+        seed: Tensor | None,
+        *,
+        observe: bool,
     ) -> Trace | None:
-        dtype = torch.bfloat16 if group["precision"] == "bfloat16" else None
+        normalize = _normalize(group, observe)
+        return apply_normalized_(weights, gradients, normalize, lr=lr, weight_decay=group["weight_decay"], seed=seed)
 
-        def normalize(G: Tensor) -> tuple[Tensor, Trace | None]:
-            X = RowNorm().project(G)
-            if group["center"]:
-                X = RowNorm().project(X - X.mean(-1, keepdim=True))
-            if group["whitening"] == "svd":
-                X = polar_svd(X)
-            else:
-                X = polar_newton_schulz(X, k=group["k"], beta=group["beta"], dtype=dtype)
-            norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-            X.mul_((X.shape[-2] * X.shape[-1]) ** 0.5 / torch.where(norm == 0, 1, norm))
+    def _update_sharded_(self, jobs: Sequence[Job], group: Group, like: Tensor, *, observe: bool) -> Trace | None:
+        normalize = _normalize(group, observe)
+
+        def direction(matrix: ShardedMatrix) -> tuple[list[Tensor], Trace | None]:
+            if group["whitening"] == "svd" or not has_local_gram(matrix):
+                return gathered(matrix, normalize, like)
+            pieces = whitened(matrix, like, k=group["k"], beta=group["beta"], center=group["center"])
             if not observe:
-                return X, None
-            residuals = torch.stack([norm.residual(X) for norm in _NORMS], dim=-1)
-            return X, Trace(tuple(norm.name for norm in _NORMS), residuals.unsqueeze(-2))
+                return pieces, None
+            wide = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
+            return pieces, _trace(gather(matrix, pieces, wide))
 
-        return apply_normalized_(weights, gradients, normalize, lr=lr, weight_decay=group["weight_decay"])
+        return apply_sharded_(jobs, direction)
+
+
+def _normalize(group: Group, observe: bool) -> Normalize:
+    dtype = torch.bfloat16 if group["precision"] == "bfloat16" else None
+
+    def normalize(G: Tensor) -> tuple[Tensor, Trace | None]:
+        X = RowNorm().project(G)
+        if group["center"]:
+            X = RowNorm().project(X - X.mean(-1, keepdim=True))
+        if group["whitening"] == "svd":
+            X = polar_svd(X)
+        else:
+            X = polar_newton_schulz(X, k=group["k"], beta=group["beta"], dtype=dtype)
+        norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+        X.mul_((X.shape[-2] * X.shape[-1]) ** 0.5 / torch.where(norm == 0, 1, norm))
+        return X, _trace(X) if observe else None
+
+    return normalize
+
+
+def _trace(X: Tensor) -> Trace:
+    """X (..., m, n) after the one iteration."""
+    residuals = torch.stack([norm.residual(X) for norm in _NORMS], dim=-1)
+    return Trace(tuple(norm.name for norm in _NORMS), residuals.unsqueeze(-2))

@@ -44,7 +44,7 @@ _ONE, _ZERO = np.float32(1), np.float32(0)
 _ZEROS, _STAGE, BUFFER = 4, 5, 6  # a buffer's rows: four that are worked on, one of zeros, one to convert in
 
 
-def _jit(function: Any) -> Any:
+def jit(function: Any) -> Any:
     # "contract" allows fused multiply-add and nothing else: reassociating a product would leave the range.
     compiler = partial(numba.njit, nogil=True, error_model="numpy", fastmath={"contract"})
     try:
@@ -53,8 +53,8 @@ def _jit(function: Any) -> Any:
         return compiler()(function)
 
 
-@_jit
-def _load(address: int, kind: int, stride: int, n: int, out: Any) -> None:
+@jit
+def load(address: int, kind: int, stride: int, n: int, out: Any) -> None:
     """out[:n] <- the row of n elements at ``address`` in float32."""
     if kind == FLOAT32:
         floats = _floats(address, (n - 1) * stride + 1)
@@ -80,7 +80,7 @@ def _load(address: int, kind: int, stride: int, n: int, out: Any) -> None:
             out[j] = float_of_half(words[j * stride])
 
 
-@_jit
+@jit
 def _store(x: Any, address: int, kind: int, stride: int, n: int, stochastic: bool, key: Any, entry: int) -> None:
     """The row of n elements at ``address`` <- x[:n], rounded; ``entry`` is the number of the first in its matrix."""
     if kind == FLOAT32:
@@ -108,7 +108,7 @@ def _store(x: Any, address: int, kind: int, stride: int, n: int, stochastic: boo
             )
 
 
-@_jit
+@jit
 def _four_rows(x0: Any, x1: Any, x2: Any, x3: Any, c: Any, q: Any, i: int, sums: Any) -> None:
     """q[i : i + 4] <- RMS of four rows of G diag(c); sums[j] += their (r_i G_ij)².
 
@@ -124,7 +124,7 @@ def _four_rows(x0: Any, x1: Any, x2: Any, x3: Any, c: Any, q: Any, i: int, sums:
         sums[j] = (((sums[j] + y0 * y0) + y1 * y1) + y2 * y2) + y3 * y3
 
 
-@_jit
+@jit
 def _sum_of_squares(x: Any, c: Any) -> Any:
     s = _ZERO
     for j in range(len(c)):
@@ -133,18 +133,18 @@ def _sum_of_squares(x: Any, c: Any) -> Any:
     return s
 
 
-@_jit
+@jit
 def _rms(s: Any, count: int) -> Any:
     """Root of s / count, finite even where s is not, so that an infinite entry times its scaling stays infinite."""
     return np.sqrt((_LARGEST if s > _LARGEST else s) / np.float32(count))
 
 
-@_jit
+@jit
 def _inverse(x: Any) -> Any:
     return _ZERO if x == _ZERO else _ONE / x
 
 
-@_jit
+@jit
 def read_rows(
     G: int, kind: int, row: int, column: int, i0: int, i1: int, n: int,
     a: Any, b: Any, scaled: bool, c: Any, q: Any, sums: Any, buffer: Any,
@@ -169,7 +169,7 @@ def read_rows(
                 p[k] = G + (i + k) * row * size
             else:
                 p[k] = rows + k * n * 4
-                _load(G + (i + k) * row * size, kind, column, n, buffer[_STAGE])
+                load(G + (i + k) * row * size, kind, column, n, buffer[_STAGE])
                 if scaled:
                     _scale(buffer[_STAGE], a[i + k], b, n)
                 _store(buffer[_STAGE], p[k], BFLOAT16 if kind == BFLOAT16 else FLOAT32, 1, n, False, np.uint32(0), 0)
@@ -179,37 +179,37 @@ def read_rows(
             _four_rows(_floats(p[0], n), _floats(p[1], n), _floats(p[2], n), _floats(p[3], n), c, q, i, sums)
 
 
-@_jit
+@jit
 def _floats(address: int, n: int) -> Any:
     return carray(pointer(address), (n,), np.float32)
 
 
-@_jit
+@jit
 def _words(address: int, n: int) -> Any:
     return carray(pointer(address), (n,), np.uint16)
 
 
-@_jit
+@jit
 def _scale(x: Any, a: Any, b: Any, n: int) -> None:
     for j in range(n):
         x[j] = (x[j] * a) * b[j]
 
 
-@_jit
+@jit
 def close(q: Any, scaling: Any) -> None:
     """scaling <- 1 / q, and 0 for 0."""
     for i in range(len(scaling)):
         scaling[i] = _inverse(q[i])
 
 
-@_jit
+@jit
 def rms_of_columns(sums: Any, m: int) -> None:
     """Sums of squares -> RMS, in place."""
     for j in range(len(sums)):
         sums[j] = _rms(sums[j], m)
 
 
-@_jit
+@jit
 def residual(q: Any, scaling: Any) -> float:
     """RMS over i of q_i · scaling_i - 1, without those that are zero."""
     total = 0.0
@@ -220,7 +220,7 @@ def residual(q: Any, scaling: Any) -> float:
     return np.sqrt(total / len(scaling))
 
 
-@_jit
+@jit
 def trusted(G: int, kind: int, row: int, column: int, r: Any, c: Any, q: Any, p: Any, first: bool) -> bool:
     """Whether every RMS of rows (q) and columns (p) is well inside float32's range, or zero for good reason.
 
@@ -241,7 +241,7 @@ def trusted(G: int, kind: int, row: int, column: int, r: Any, c: Any, q: Any, p:
     return True
 
 
-@_jit
+@jit
 def _outside(x: Any, count: int) -> Any:
     number = np.int32(0)
     for i in range(count):
@@ -249,7 +249,7 @@ def _outside(x: Any, count: int) -> Any:
     return number
 
 
-@_jit
+@jit
 def _zeros(x: Any, count: int) -> Any:
     number = np.int32(0)
     for i in range(count):
@@ -257,7 +257,7 @@ def _zeros(x: Any, count: int) -> Any:
     return number
 
 
-@_jit
+@jit
 def _is_zero(address: int, kind: int, stride: int, n: int) -> bool:
     if kind == FLOAT32:
         floats = _floats(address, (n - 1) * stride + 1)
@@ -272,7 +272,7 @@ def _is_zero(address: int, kind: int, stride: int, n: int) -> bool:
     return True
 
 
-@_jit
+@jit
 def equilibrate(G: int, kind: int, row: int, column: int, m: int, n: int, a: Any, b: Any, buffer: Any) -> None:
     """a, b <- powers of two that bring the largest entry of every row, then of every column, into [1/2, 1)."""
     size = 4 if kind == FLOAT32 else 2
@@ -280,7 +280,7 @@ def equilibrate(G: int, kind: int, row: int, column: int, m: int, n: int, a: Any
     for j in range(n):
         b[j] = _ZERO
     for i in range(m):
-        _load(G + i * row * size, kind, column, n, x)
+        load(G + i * row * size, kind, column, n, x)
         largest = _ZERO
         for j in range(n):
             largest = max(largest, abs(x[j]))
@@ -291,7 +291,7 @@ def equilibrate(G: int, kind: int, row: int, column: int, m: int, n: int, a: Any
         b[j] = _inverse_power_of_two(b[j])
 
 
-@_jit
+@jit
 def _inverse_power_of_two(x: Any) -> Any:
     """As `lightning_multinorm.scaling.inverse_power_of_two`."""
     if not _ZERO < x <= _LARGEST:
@@ -300,7 +300,7 @@ def _inverse_power_of_two(x: Any) -> Any:
     return float_of_bits(np.uint32(127 + min(126, max(-126, -exponent))) << np.uint32(23))
 
 
-@_jit
+@jit
 def unscale(x: Any, powers: Any) -> None:
     """x <- x · powers, kept finite: a scaling beyond the range is as large as the range allows."""
     for i in range(len(x)):
@@ -308,7 +308,7 @@ def unscale(x: Any, powers: Any) -> None:
         x[i] = _LARGEST if product > _LARGEST else product
 
 
-@_jit
+@jit
 def scalings(
     G: int, kind: int, row: int, column: int, iterations: int, trace: bool, residuals: Any,
     r: Any, c: Any, q: Any, sums: Any, total: Any, a: Any, b: Any, buffer: Any,
@@ -324,7 +324,7 @@ def scalings(
             return
 
 
-@_jit
+@jit
 def begin(r: Any, c: Any, b: Any, scaled: bool) -> None:
     """The first row sums are those of G itself, not of diag(a) G diag(b)."""
     r[:] = _ONE
@@ -332,7 +332,7 @@ def begin(r: Any, c: Any, b: Any, scaled: bool) -> None:
         c[j] = _ONE / b[j] if scaled else _ONE
 
 
-@_jit
+@jit
 def _alternate(
     G: int, kind: int, row: int, column: int, iterations: int, trace: bool, residuals: Any,
     r: Any, c: Any, q: Any, sums: Any, total: Any, a: Any, b: Any, scaled: bool, buffer: Any,
@@ -359,7 +359,7 @@ def _alternate(
     return True
 
 
-@_jit
+@jit
 def update(
     W: int, w_kind: int, w_row: int, w_column: int, G: int, g_kind: int, g_row: int, g_column: int,
     i0: int, i1: int, n: int, r: Any, c: Any, lr: Any, keep: Any, stochastic: bool, key: int, buffer: Any,
@@ -373,13 +373,13 @@ def update(
             w = _floats(w_address, n)
         else:
             w = buffer[1]
-            _load(w_address, w_kind, w_column, n, w)
+            load(w_address, w_kind, w_column, n, w)
         if g_column == 1 and g_kind == FLOAT32:
             _update_row(w, _floats(g_address, n), r[i] * lr, c, keep)
         elif g_column == 1 and g_kind == BFLOAT16:
             _update_row(w, _words(g_address, n), r[i] * lr, c, keep)
         else:
-            _load(g_address, g_kind, g_column, n, buffer[0])
+            load(g_address, g_kind, g_column, n, buffer[0])
             _update_row(w, buffer[0], r[i] * lr, c, keep)
         if not direct:
             _store(w, w_address, w_kind, w_column, n, stochastic, np.uint32(key), i * n)
@@ -396,7 +396,7 @@ MATRIX = np.dtype(
 )
 
 
-@_jit
+@jit
 def work(address: int) -> None:
     """Take one matrix of a job after another: its scalings, kept if it has a place for them, and the update of W."""
     job = carray(pointer(address), (1,), JOB)[0]
@@ -439,7 +439,7 @@ def _team(address: int) -> None:
     work(address)
 
 
-@_jit
+@jit
 def _update_row(w: Any, g: Any, r: Any, c: Any, keep: Any) -> None:
     for j in range(len(c)):
         w[j] = w[j] * keep - (widen(g[j]) * r) * c[j]

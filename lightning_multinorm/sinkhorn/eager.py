@@ -68,6 +68,13 @@ def update_(
     return torch.cat([t for t in traces if t is not None]) if trace else None
 
 
+def apply_part_(
+    W: Tensor, G: Tensor, r: Tensor, c: Tensor, lr: float | Tensor, weight_decay: float, seed: int | Tensor | None
+) -> None:
+    """``W <- (1 - lr · weight_decay) W - lr · (r G) c`` for one matrix, or a part of one."""
+    _apply_(W, G, r, c, lr, weight_decay, seed if W.dtype is torch.bfloat16 else None, 0)
+
+
 def block_size(tensor: Tensor) -> int:
     """Number of entries that are worked on at a time on the device of ``tensor``."""
     return _BLOCK_CPU if tensor.device.type == "cpu" else _BLOCK_ACCELERATOR

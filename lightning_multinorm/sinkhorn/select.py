@@ -2,12 +2,14 @@
 
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+
+from lightning_multinorm.sinkhorn.sharded import Passes
 
 Kernel = Literal["auto", "eager", "numba", "triton"]
 """auto: the fastest for device and dtype. eager: plain PyTorch, any device and dtype. numba: on the CPU. triton: on a
@@ -71,6 +73,26 @@ def path(kernel: Kernel, *tensors: Tensor) -> Path:
     from lightning_multinorm.sinkhorn import eager
 
     return eager
+
+
+def passes(kernel: Kernel, device: torch.device, dtypes: Iterable[torch.dtype]) -> Passes:
+    """The module that reads and updates the local parts of sharded matrices.
+
+    Raises:
+        ValueError: for an unknown name.
+        ModuleNotFoundError: for a path whose package is missing.
+    """
+    if kernel == "auto":
+        kernel = _fastest(device.type, all(dtype in _SINGLE for dtype in dtypes))
+    else:
+        check_kernel(kernel)
+    if kernel == "numba":
+        from lightning_multinorm.sinkhorn import cpu_passes
+
+        return cpu_passes
+    from lightning_multinorm.sinkhorn import eager_passes
+
+    return eager_passes
 
 
 @lru_cache

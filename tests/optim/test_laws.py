@@ -107,7 +107,12 @@ def test_equal_shapes_in_one_batch_are_updated_as_one_by_one(make: Make, count: 
     for parameter, G in zip(parameters, gradients, strict=True):
         parameter.grad = G
     other = nn.Parameter(torch.zeros(8, 6))
-    make([(f"w{i}.weight", p) for i, p in enumerate([*parameters, other])], lr=1.0, matrix_lr_scale=1.0).step()
+    make(
+        [(f"w{i}.weight", p) for i, p in enumerate([*parameters, other])],
+        lr=1.0,
+        matrix_lr_scale=1.0,
+        stochastic_rounding=False,
+    ).step()
     for parameter, G in zip(parameters, gradients, strict=True):
         assert_close(-parameter.detach(), _update(make, G), rtol=0, atol=1e-11)
     assert (other == 0).all()
@@ -120,9 +125,10 @@ def test_equal_shapes_of_other_dtypes_are_not_mixed(make: Make) -> None:
     parameters = [nn.Parameter(torch.zeros_like(G)) for G in gradients]
     for parameter, G in zip(parameters, gradients, strict=True):
         parameter.grad = G
-    make([(f"w{i}.weight", p) for i, p in enumerate(parameters)], lr=1.0, matrix_lr_scale=1.0).step()
+    options = {"lr": 1.0, "matrix_lr_scale": 1.0, "stochastic_rounding": False}
+    make([(f"w{i}.weight", p) for i, p in enumerate(parameters)], **options).step()
     for parameter, G in zip(parameters, gradients, strict=True):
-        assert torch.equal(-parameter.detach(), _update(make, G))
+        assert torch.equal(-parameter.detach(), _update(make, G, stochastic_rounding=False))
 
 
 @every

@@ -3,6 +3,8 @@
 Every view shares the parameter's memory, so that an update in place reaches it.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -24,7 +26,7 @@ def as_matrices(tensor: Tensor, view: View, like: Tensor | None = None) -> Tenso
     Raises:
         ValueError: if the shape does not fit the view.
     """
-    check_view(tensor, view)
+    check_view(tensor.shape, view)
     if view == "transposed":
         return tensor.mT
     if view == "qkv":
@@ -38,11 +40,16 @@ def as_matrices(tensor: Tensor, view: View, like: Tensor | None = None) -> Tenso
     return tensor
 
 
-def check_view(tensor: Tensor, view: View) -> None:
-    """Raises ValueError if ``tensor`` cannot be seen through ``view``."""
-    shape = tuple(tensor.shape)
+def check_view(shape: Sequence[int], view: View) -> None:
+    """Raises ValueError if a tensor of this shape cannot be seen through ``view``."""
+    shape = tuple(shape)
     if view not in get_args(View):
         raise ValueError(f"view={view!r} is unknown; use one of {', '.join(get_args(View))}")
     fits = {"matrix": len(shape) == 2, "transposed": len(shape) == 2, "qkv": len(shape) == 2 and shape[0] % 3 == 0}
     if not fits.get(view, len(shape) >= 2):
         raise ValueError(f"a tensor of shape {shape} is no {view!r}")
+
+
+def matrix_count(shape: Sequence[int], view: View) -> int:
+    """How many matrices a tensor of this shape holds."""
+    return math.prod(shape[:-2]) if view == "batch" else 3 if view == "qkv" else 1

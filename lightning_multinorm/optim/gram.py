@@ -1,0 +1,63 @@
+"""SWAN's direction of a matrix whose long side is sharded, from all-reduced vectors and one small Gram matrix.
+
+With rows sharded, ``GᵀG`` (n, n) is a sum over ranks, and ``G (GᵀG)^(-1/2)`` needs no row of another rank; with columns
+sharded the same holds for ``G Gᵀ`` (m, m), from the left.
+
+Legend: G this rank's part of the gradient, X of its direction; whole matrix (m, n); A Gram matrix.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_multinorm.layouts import Groups, ShardedMatrix
+from lightning_multinorm.scaling import inverse_power_of_two
+from lightning_multinorm.whitening import inverse_root
+
+
+def has_local_gram(matrix: ShardedMatrix) -> bool:
+    """Whether one side is sharded, the long one, and no row or column is cut in pieces beyond that."""
+    m, n = matrix.shape
+    if matrix.flat or bool(matrix.row_groups) == bool(matrix.column_groups):
+        return False
+    return m >= n if matrix.column_groups else n >= m
+
+
+def whitened(matrix: ShardedMatrix, like: Tensor, *, k: int, beta: float, center: bool) -> list[Tensor]:
+    """√(mn) X / ‖X‖_F with ``X = GradWhitening(GradNorm(G))``: one piece, in float32 (float64 for float64).
+
+    Args:
+        matrix: what this rank holds of G.
+        like: gives dtype and device where that is nothing.
+        k: Newton–Schulz iterations.
+        beta: Newton–Schulz step.
+        center: subtract each row's mean before whitening.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    G = matrix.pieces[0].gradient.to(dtype) if matrix.pieces else like.new_zeros(matrix.frame, dtype=dtype)
+    (m, n), by_rows = matrix.shape, bool(matrix.column_groups)
+    X = _row_norm(G, n, matrix.row_groups)
+    if center:
+        X = _row_norm(X - _sum(X.sum(-1, keepdim=True), matrix.row_groups) / n, n, matrix.row_groups)
+    A = _sum(X.mT @ X if by_rows else X @ X.mT, matrix.column_groups or matrix.row_groups)
+    root = inverse_root(A, k=k, beta=beta)
+    X = X @ root if by_rows else root @ X
+    norm = _sum(X.square().sum(), matrix.column_groups + matrix.row_groups).sqrt()
+    X = X.mul_((m * n) ** 0.5 / torch.where(norm == 0, 1, norm))
+    return [X] if matrix.pieces else []
+
+
+def _row_norm(G: Tensor, n: int, groups: Groups) -> Tensor:
+    """`norms.RowNorm.project` of rows whose n columns the groups share."""
+    largest = torch.linalg.vector_norm(G, float("inf"), dim=-1, keepdim=True) if G.numel() else G.sum(-1, keepdim=True)
+    X = G * inverse_power_of_two(_sum(largest, groups, dist.ReduceOp.MAX))
+    norm = _sum(X.square().sum(-1, keepdim=True), groups).sqrt()
+    return X.mul_(torch.where(norm == 0, 0, n**0.5 / norm))
+
+
+def _sum(x: Tensor, groups: Groups, op: Any = None) -> Tensor:
+    for group in groups:
+        dist.all_reduce(x, op=op or dist.ReduceOp.SUM, group=group)
+    return x
