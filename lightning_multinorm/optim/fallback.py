@@ -55,10 +55,11 @@ def _plain_adam_(
     beta1, beta2 = group["betas"]
     fused = all(parameter.device.type in _FUSED for parameter in parameters)
     adamw(
-        list(parameters),
-        [parameter.grad for parameter in parameters if parameter.grad is not None],
-        [s["exp_avg"] for s in states],
-        [s["exp_avg_sq"] for s in states],
+        # Elementwise, so shards need nothing of each other.
+        [local(parameter) for parameter in parameters],
+        [local(parameter.grad) for parameter in parameters if parameter.grad is not None],
+        [local(s["exp_avg"]) for s in states],
+        [local(s["exp_avg_sq"]) for s in states],
         [],
         [s["step"] for s in states],
         fused=fused,

@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from lightning_multinorm.optim.routing import Kind, Route, route_by_name, route_by_shape, route_model
+from lightning_multinorm.layouts import FlatSlice, flat_slices
+from lightning_multinorm.optim.routing import Kind, Route, clean, route_by_name, route_by_shape, route_model
 from lightning_multinorm.views import check_view
 
 Rule = Literal["multinorm", "adam"]
@@ -45,7 +46,8 @@ def parameter_groups(
             paper does with LLaMA's separate ones, instead of as one matrix.
 
     Returns:
-        Groups ``{"name", "rule", "view", "params": [(name, parameter), ...]}``, in the order of the model.
+        Groups ``{"name", "rule", "view", "params": [(name, parameter), ...]}``, in the order of the model. Of a model
+        that FSDP1 has wrapped (give the wrapper), also "slices", which say what of each parameter this rank holds.
 
     Raises:
         ValueError: for an unknown kind or rule, an override that matches nothing, or a vector that is to be
@@ -53,15 +55,19 @@ def parameter_groups(
     """
     rules = _rules(policy)
     overrides = overrides or {}
-    _check_overrides(overrides, [name for name, _ in model.named_parameters()])
-    routes = route_model(model, split_qkv=split_qkv)
+    slices = flat_slices(model)
+    named = {clean(name): parameter for name, parameter in model.named_parameters()}
+    _check_overrides(overrides, list(named))
+    routes = route_model(model, split_qkv=split_qkv, shapes={p: place.shape for p, place in slices.items()})
     groups: dict[str, Group] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named.items():
         if not parameter.requires_grad:
             continue
         route = routes[name]
         rule = next((rule for pattern, rule in overrides.items() if re.search(pattern, name)), rules[route.kind])
-        _add(groups, name, parameter, route, rule, default=rules[route.kind])
+        group = _add(groups, name, parameter, route, rule, rules[route.kind], slices.get(parameter))
+        if parameter in slices:
+            group.setdefault("slices", {})[parameter] = slices[parameter]
     return list(groups.values())
 
 
@@ -88,7 +94,7 @@ def resolve(group: Group, owner: str) -> tuple[list[Group], bool]:
         name, parameter = entry if isinstance(entry, tuple) else (None, entry)
         route = route_by_shape(parameter) if name is None else route_by_name(name, parameter)
         rule = group.get("rule", PAPER[route.kind])
-        _add(parts, name, parameter, route, rule, default=rule)
+        _add(parts, name, parameter, route, rule, rule)
     nameless = "rule" not in group and any(not isinstance(entry, tuple) for entry in entries)
     unlabelled = [{**part, **shared} for part in parts.values()] or [{**shared, "params": [], "rule": "adam"}]
     return unlabelled, nameless
@@ -118,19 +124,26 @@ def _named(group: Group) -> Sequence[tuple[str, Tensor]]:
 
 
 def _add(
-    groups: dict[str, Group], name: str | None, parameter: Tensor, route: Route, rule: Rule, default: Rule
-) -> None:
+    groups: dict[str, Group],
+    name: str | None,
+    parameter: Tensor,
+    route: Route,
+    rule: Rule,
+    default: Rule,
+    place: FlatSlice | None = None,
+) -> Group:
     view = route.view if rule == "multinorm" else "matrix"
     label = route.kind if view == "matrix" else f"{route.kind}-{view}"
     if rule != default:
         label += f"-{rule}"
     if rule == "multinorm":
         try:
-            check_view(parameter.shape, route.view)
+            check_view(parameter.shape if place is None else place.shape, route.view)
         except ValueError as error:
             raise ValueError(f"{name or 'a parameter'} cannot be multi-normalised: {error}; give it 'adam'") from None
     group = groups.setdefault(label, {"name": label, "rule": rule, "view": view, "params": []})
     group["params"].append(parameter if name is None else (name, parameter))
+    return group
 
 
 def _rules(policy: Literal["paper"] | Mapping[Kind, Rule]) -> dict[Kind, Rule]:

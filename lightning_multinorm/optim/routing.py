@@ -6,10 +6,11 @@ no head.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_multinorm.views import View
@@ -37,6 +38,7 @@ _NORM_MODULES = (
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
 )
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module\.|_orig_mod\.|_checkpoint_wrapped_module\.)")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -82,8 +84,17 @@ def route_by_name(name: str, tensor: Tensor, *, split_qkv: bool = True) -> Route
     return Route("matrix", "batch" if stacked else _view(tensor))
 
 
-def route_model(model: nn.Module, *, split_qkv: bool = True) -> dict[str, Route]:
-    """Route each of ``model.named_parameters()`` by the module that owns it.
+def clean(name: str) -> str:
+    """A parameter's name without what wrappers (FSDP1, compilation, checkpointing) put into it."""
+    return _WRAPPERS.sub("", name)
+
+
+def route_model(
+    model: nn.Module, *, split_qkv: bool = True, shapes: Mapping[Tensor, torch.Size] | None = None
+) -> dict[str, Route]:
+    """Route each of ``model.named_parameters()``, by its clean name, by the module that owns it.
+
+    ``shapes`` are those of parameters that do not show them, FSDP1's slices.
 
     A weight that an embedding and the output head share counts as the embedding. An output head is what
     ``get_output_embeddings()`` returns, a Linear of an embedding's shape outside the numbered layers, or a Linear that
@@ -92,16 +103,19 @@ def route_model(model: nn.Module, *, split_qkv: bool = True) -> dict[str, Route]
     Raises:
         ValueError: if the weight of a Linear or an Embedding is no matrix, as in FSDP1's flat slices.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): clean(name) for name, parameter in model.named_parameters()}
+    # Only shapes are looked at below.
+    whole = {parameter: torch.empty(shape, device="meta") for parameter, shape in (shapes or {}).items()}
     heads = {id(head.weight) for head in _output_embeddings(model)}
-    vocabularies = {m.weight.shape for m in model.modules() if isinstance(m, nn.Embedding)}
+    vocabularies = {whole.get(m.weight, m.weight).shape for m in model.modules() if isinstance(m, nn.Embedding)}
     routes: dict[str, Route] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
-            route = _route_in_module(module, name, parameter, split_qkv)
+            seen = whole.get(parameter, parameter)
+            route = _route_in_module(module, clean(name), seen, split_qkv)
             if route.kind == "matrix" and isinstance(module, nn.Linear):
                 outside = not any(segment.isdigit() for segment in path.split("."))
-                if id(parameter) in heads or (outside and parameter.shape in vocabularies):
+                if id(parameter) in heads or (outside and seen.shape in vocabularies):
                     route = Route("head")
             canonical = names[id(parameter)]
             if canonical not in routes or route.kind == "embedding":
@@ -114,8 +128,8 @@ def _route_in_module(module: nn.Module, name: str, parameter: Tensor, split_qkv:
     if isinstance(module, nn.Linear | nn.Embedding) and name.endswith("weight") and parameter.ndim != 2:
         raise ValueError(
             f"{name} has shape {tuple(parameter.shape)}, but the weight of a {type(module).__name__} is a matrix; "
-            "FSDP1 hands out flat slices: route before sharding, or shard with "
-            "FSDP2 (torch.distributed.fsdp.fully_shard)"
+            "FSDP1 hands out flat slices: give parameter_groups the outermost FSDP1 wrapper (in Lightning "
+            "trainer.strategy.model), or shard with FSDP2 (torch.distributed.fsdp.fully_shard, strategy fsdp2)"
         )
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return Route("embedding")

@@ -1,0 +1,155 @@
+"""Checks on a real LLaMA: twenty steps on a spread model end where twenty steps on one device do."""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from lightning_multinorm import SWAN, MultiNormGD, SinkGD, parameter_groups
+from lightning_multinorm.llama.parallel import sharded_llama
+from lightning_multinorm.norms import ColumnNorm, RowNorm
+
+STEPS, VOCABULARY, LENGTH = 20, 51, 12
+CONFIG = LlamaConfig(
+    vocab_size=VOCABULARY, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=LENGTH, use_cache=False,
+)  # fmt: skip
+MAKERS: dict[str, Callable[..., Any]] = {
+    "sinkgd": SinkGD,
+    "swan": partial(SWAN, k=6, beta=0.5),
+    "multinormgd": partial(MultiNormGD, norms=[RowNorm(), ColumnNorm()]),
+}
+
+
+def batch(step: int, rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return torch.randint(VOCABULARY, (2, LENGTH), generator=generator)
+
+
+def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    logits = model(input_ids=tokens, use_cache=False).logits
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def train(model: nn.Module, optimizer: Any, ranks: list[int]) -> list[float]:
+    """Gradients are the mean over ``ranks``' batches, and those of other processes if the model says so."""
+    losses = []
+    for step in range(STEPS):
+        total = 0.0
+        for rank in ranks:
+            value = loss(model, batch(step, rank)) / len(ranks)
+            value.backward()
+            total += value.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
+def whole(make: Callable[..., Any], ranks: int) -> tuple[dict[str, Tensor], list[float]]:
+    torch.manual_seed(3)
+    model = sharded_llama(CONFIG, torch.device("cpu"))
+    optimizer = make(parameter_groups(model), lr=0.01)
+    losses = train(model, optimizer, list(range(ranks)))
+    return {name: p.detach() for name, p in model.named_parameters()}, losses
+
+
+def check(spread: str, maker: str) -> None:
+    make, world, rank = MAKERS[maker], dist.get_world_size(), dist.get_rank()
+    torch.manual_seed(3)
+    model, data_rank, replicas = SPREAD[spread]()
+    optimizer = make(parameter_groups(model), lr=0.01)
+    if spread == "ddp":
+        optimizer.replicas = dist.group.WORLD
+    losses = train(model, optimizer, [data_rank])
+    count = world // replicas
+    expected, expected_losses = whole(make, count)
+    mean = torch.tensor(losses)
+    dist.all_reduce(mean)
+    assert_close((mean / world).tolist(), expected_losses, rtol=0, atol=1e-5)
+    for name, parameter in gathered(model).items():
+        assert_close(parameter, expected[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert rank < world
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    """Whole parameters by name."""
+    found = {}
+    from lightning_multinorm.layouts import flat_slices, is_dtensor
+
+    slices = flat_slices(model)
+    for name, parameter in model.named_parameters():
+        name = name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
+        value = parameter.detach()
+        if is_dtensor(value):
+            value = value.full_tensor()
+        elif parameter in slices:
+            place = slices[parameter]
+            flat = torch.zeros(place.shape.numel())
+            flat[place.start : place.start + value.numel()] = value
+            dist.all_reduce(flat)
+            value = flat.view(place.shape)
+        found[name] = value
+    return found
+
+
+def ddp() -> tuple[nn.Module, int, int]:
+    return DistributedDataParallel(sharded_llama(CONFIG, torch.device("cpu"))), dist.get_rank(), 1
+
+
+def fsdp2() -> tuple[nn.Module, int, int]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return sharded_llama(CONFIG, torch.device("cpu"), data_mesh=mesh), dist.get_rank(), 1
+
+
+def hsdp() -> tuple[nn.Module, int, int]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return sharded_llama(CONFIG, torch.device("cpu"), data_mesh=mesh), dist.get_rank(), 1
+
+
+def tensor_parallel() -> tuple[nn.Module, int, int]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return sharded_llama(CONFIG, torch.device("cpu"), tensor_mesh=mesh), 0, dist.get_world_size()
+
+
+def fsdp2_over_tp() -> tuple[nn.Module, int, int]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = sharded_llama(CONFIG, torch.device("cpu"), data_mesh=mesh["data"], tensor_mesh=mesh["tensor"])
+    return model, mesh["data"].get_local_rank(), 2
+
+
+def fsdp1() -> tuple[nn.Module, int, int]:
+    wrapped = FullyShardedDataParallel(
+        sharded_llama(CONFIG, torch.device("cpu")),
+        auto_wrap_policy=ModuleWrapPolicy({LlamaDecoderLayer}),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+    return wrapped, dist.get_rank(), 1
+
+
+SPREAD: dict[str, Callable[[], tuple[nn.Module, int, int]]] = {
+    "ddp": ddp,
+    "fsdp2": fsdp2,
+    "fsdp1": fsdp1,
+    "tp": tensor_parallel,
+    "hsdp": hsdp,
+    "fsdp2-tp": fsdp2_over_tp,
+}
+_SIZES = {"tp": (2, 4), "hsdp": (4,), "fsdp2-tp": (4,)}
+
+CHECKS: dict[str, Callable[[], None]] = {}
+for _spread, _maker in itertools.product(SPREAD, MAKERS):
+    CHECKS[f"{_spread}-{_maker}"] = partial(check, _spread, _maker)
+    CHECKS[f"{_spread}-{_maker}"].sizes = _SIZES.get(_spread, (2, 3, 4))  # type: ignore[attr-defined]
