@@ -22,6 +22,7 @@ from lightning_multinorm.configurations import resolve_configs
 from lightning_multinorm.data import TextDataModule
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.llama import LlamaPretraining
+from lightning_multinorm.strategies import FolderReadingIO
 
 
 class MultiNormCLI(LightningCLI):
@@ -71,6 +72,8 @@ class MultiNormCLI(LightningCLI):
             kwargs["val_check_interval"] = batches
         if config.trainer.enable_progress_bar is False:
             config.progress.disable()  # Lightning would refuse the combination
+        plugins = config.trainer.plugins or []
+        kwargs["plugins"] = [FolderReadingIO(), *(plugins if isinstance(plugins, list) else [plugins])]
         return super().instantiate_trainer(logger=logger, callbacks=callbacks, enable_progress_bar=True, **kwargs)
 
 

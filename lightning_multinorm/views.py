@@ -53,3 +53,12 @@ def check_view(shape: Sequence[int], view: View) -> None:
 def matrix_count(shape: Sequence[int], view: View) -> int:
     """How many matrices a tensor of this shape holds."""
     return math.prod(shape[:-2]) if view == "batch" else 3 if view == "qkv" else 1
+
+
+def stored_shapes(shape: Sequence[int], view: View) -> list[tuple[int, int]]:
+    """The matrices that lie in a contiguous tensor one after another, as they are stored."""
+    if view == "qkv":
+        return [(shape[0] // 3, shape[1])] * 3
+    if view == "batch":
+        return [(shape[-2], shape[-1])] * math.prod(shape[:-2])
+    return [(shape[0], math.prod(shape[1:]))]

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lightning_multinorm.alternating import Trace
 from lightning_multinorm.errors import UsageError
+from lightning_multinorm.layouts import clean
 from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.groups import parameter_groups
 from lightning_multinorm.sinkhorn import scalings
@@ -54,7 +55,7 @@ class NormConvergence(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        self._names = {id(parameter): clean(name) for name, parameter in pl_module.named_parameters()}
         if self.shadow:
             self._shadowed = [
                 (name, parameter, group["view"])

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_multinorm.callbacks.progress import duration, quantity
 from lightning_multinorm.callbacks.throughput import Throughput, callbacks
+from lightning_multinorm.strategies import batches_side_by_side
 
 
 class RunSummary(Callback):
@@ -28,7 +29,9 @@ class RunSummary(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._batch_tokens:
             return
-        self._batch_tokens = batch["input_ids"].numel() * trainer.world_size * trainer.accumulate_grad_batches
+        self._batch_tokens = (
+            batch["input_ids"].numel() * batches_side_by_side(trainer) * trainer.accumulate_grad_batches
+        )
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         optimizers = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
         line = f"{parameters:,} parameters · {optimizers} · {self._batch_tokens:,} tokens per step"

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_multinorm.strategies import batches_side_by_side
+
 C = TypeVar("C", bound=Callback)
 
 
@@ -41,7 +43,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        tokens = batch["input_ids"].numel() * trainer.world_size
+        tokens = batch["input_ids"].numel() * batches_side_by_side(trainer)
         self.tokens += tokens
         self._recent.append((tokens, time.perf_counter() - self._started))
         pl_module.log_dict(

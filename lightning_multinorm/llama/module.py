@@ -5,6 +5,7 @@ from typing import Any, Self
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -13,11 +14,14 @@ from transformers import LlamaForCausalLM
 from lightning_multinorm.data import TextDataModule
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.llama.loss import IGNORE, TokenLoss, token_losses
+from lightning_multinorm.llama.parallel import build_llama
 from lightning_multinorm.llama.sizes import Size, config_fields, llama_config
 from lightning_multinorm.optim import SinkGD, parameter_groups
+from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.groups import Rule
 from lightning_multinorm.optim.hyperparameters import hyperparameters, restore_hyperparameters
 from lightning_multinorm.schedules import WarmupCosine, WarmupSchedule
+from lightning_multinorm.strategies import ShardedStrategy, is_flat
 
 Batch = dict[str, Tensor]
 _SHAPE_FIELDS = (
@@ -48,6 +52,8 @@ class LlamaPretraining(LightningModule):
             `WarmupSchedule` without total_steps gets the trainer's.
         rules: regular expressions on parameter names to rules ("multinorm", "adam"), before the papers' policy; first
             match wins.
+        activation_checkpointing: keep only the inputs of blocks for the backward pass, and compute the rest again:
+            much less memory for a third more work. Default: False.
 
     Raises:
         UsageError: for an unknown size or field of the configuration.
@@ -60,6 +66,7 @@ class LlamaPretraining(LightningModule):
         optimizer: OptimizerCallable = SinkGD,
         scheduler: LRSchedulerCallable | None = WarmupCosine,
         rules: dict[str, Rule] | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         # No save_hyperparameters(): the command line would let a checkpoint's values beat those given to it.
@@ -67,15 +74,29 @@ class LlamaPretraining(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.rules = rules
+        self.activation_checkpointing = activation_checkpointing
         self.model: LlamaForCausalLM | None = None
         self.val = TokenLoss()
         self.test = TokenLoss()
         self._configured: list[dict[str, Any]] = []
 
     def configure_model(self) -> None:
-        """Build the model once, on the device and in the precision that the trainer's strategy asks for."""
-        if self.model is None:
-            self.model = LlamaForCausalLM(self.llama_config)
+        """Build the model once, in the precision and spread over the devices as the trainer's strategy asks for."""
+        if self.model is not None:
+            return
+        spread: dict[str, Any] = {}
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        if isinstance(strategy, ShardedStrategy):
+            spread = {
+                "data_mesh": strategy.data_mesh,
+                "tensor_mesh": strategy.tensor_mesh,
+                "precision": strategy.mixed_precision,
+                "reshard_after_forward": strategy.reshard_after_forward,
+            }
+        device = torch.device("cpu") if strategy is None else strategy.root_device
+        self.model = build_llama(self.llama_config, device, **spread)
+        if self.activation_checkpointing:
+            self.model.activation_checkpointing_enable()
 
     def setup(self, stage: str) -> None:
         """Refuse text that does not fit the model.
@@ -138,7 +159,13 @@ class LlamaPretraining(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer on the papers' parameter groups, and its schedule, counted in steps."""
-        optimizer = self.optimizer(parameter_groups(self, overrides=self.rules))
+        model: torch.nn.Module = self
+        if is_flat(self.trainer):  # only the outermost wrapper knows what its own slices are
+            assert self.trainer.strategy.model is not None
+            model = self.trainer.strategy.model
+        optimizer = self.optimizer(parameter_groups(model, overrides=self.rules))
+        if isinstance(self.trainer.strategy, DDPStrategy) and isinstance(optimizer, MultiNormOptimizer):
+            optimizer.replicas = torch.distributed.group.WORLD
         self._configured = hyperparameters(optimizer)
         if self.scheduler is None:
             return optimizer

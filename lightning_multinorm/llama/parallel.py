@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from lightning_multinorm.errors import UsageError
 
 
-def sharded_llama(
+def build_llama(
     config: LlamaConfig,
     device: torch.device,
     *,
@@ -29,7 +29,9 @@ def sharded_llama(
     precision: MixedPrecisionPolicy | None = None,
     reshard_after_forward: bool = True,
 ) -> LlamaForCausalLM:
-    """Build a LLaMA whose parameters are sharded, without ever holding it whole.
+    """Build a LLaMA with fresh weights, spread as the meshes say, without ever holding it whole.
+
+    The weights depend on torch's seed alone, not on the meshes: they are those of transformers' ``init_weights``.
 
     Args:
         config: of the model.
@@ -51,10 +53,8 @@ def sharded_llama(
     if precision is not None:
         policy["mp_policy"] = precision
     for name, part in _parts(model):
-        dtype = next(part.parameters(), torch.empty(0)).dtype
         part.to_empty(device=device)
         initialise(part, config)
-        part.to(dtype)
         if tensor_mesh is not None:
             _parallelize(model, name, part, tensor_mesh)
         if data_mesh is not None and next(part.parameters(), None) is not None:

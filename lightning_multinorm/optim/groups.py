@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from lightning_multinorm.layouts import FlatSlice, flat_slices
-from lightning_multinorm.optim.routing import Kind, Route, clean, route_by_name, route_by_shape, route_model
+from lightning_multinorm.layouts import FlatSlice, clean, flat_slices
+from lightning_multinorm.optim.routing import Kind, Route, route_by_name, route_by_shape, route_model
 from lightning_multinorm.views import check_view
 
 Rule = Literal["multinorm", "adam"]

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_multinorm.layouts import clean
 from lightning_multinorm.views import View
 
 Kind = Literal["matrix", "embedding", "head", "norm", "bias"]
@@ -38,7 +39,6 @@ _NORM_MODULES = (
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
 )
-_WRAPPERS = re.compile(r"(_fsdp_wrapped_module\.|_orig_mod\.|_checkpoint_wrapped_module\.)")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -82,11 +82,6 @@ def route_by_name(name: str, tensor: Tensor, *, split_qkv: bool = True) -> Route
         return Route("bias", _view(tensor))
     stacked = tensor.ndim == 3 and (parameter != "weight" or any("expert" in segment for segment in path))
     return Route("matrix", "batch" if stacked else _view(tensor))
-
-
-def clean(name: str) -> str:
-    """A parameter's name without what wrappers (FSDP1, compilation, checkpointing) put into it."""
-    return _WRAPPERS.sub("", name)
 
 
 def route_model(

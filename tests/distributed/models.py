@@ -16,8 +16,9 @@ from torch.testing import assert_close
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from lightning_multinorm import SWAN, MultiNormGD, SinkGD, parameter_groups
-from lightning_multinorm.llama.parallel import sharded_llama
+from lightning_multinorm import SWAN, MultiNormGD, SinkGD, layouts, parameter_groups
+from lightning_multinorm.layouts import clean, flat_slices
+from lightning_multinorm.llama.parallel import build_llama
 from lightning_multinorm.norms import ColumnNorm, RowNorm
 
 STEPS, VOCABULARY, LENGTH = 20, 51, 12
@@ -59,7 +60,7 @@ def train(model: nn.Module, optimizer: Any, ranks: list[int]) -> list[float]:
 
 def whole(make: Callable[..., Any], ranks: int) -> tuple[dict[str, Tensor], list[float]]:
     torch.manual_seed(3)
-    model = sharded_llama(CONFIG, torch.device("cpu"))
+    model = build_llama(CONFIG, torch.device("cpu"))
     optimizer = make(parameter_groups(model), lr=0.01)
     losses = train(model, optimizer, list(range(ranks)))
     return {name: p.detach() for name, p in model.named_parameters()}, losses
@@ -85,53 +86,39 @@ def check(spread: str, maker: str) -> None:
 
 def gathered(model: nn.Module) -> dict[str, Tensor]:
     """Whole parameters by name."""
-    found = {}
-    from lightning_multinorm.layouts import flat_slices, is_dtensor
-
     slices = flat_slices(model)
-    for name, parameter in model.named_parameters():
-        name = name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
-        value = parameter.detach()
-        if is_dtensor(value):
-            value = value.full_tensor()
-        elif parameter in slices:
-            place = slices[parameter]
-            flat = torch.zeros(place.shape.numel())
-            flat[place.start : place.start + value.numel()] = value
-            dist.all_reduce(flat)
-            value = flat.view(place.shape)
-        found[name] = value
-    return found
+    names = (clean(name).removeprefix("module.") for name, _ in model.named_parameters())
+    return {name: layouts.whole(p, slices.get(p)) for name, p in zip(names, model.parameters(), strict=True)}
 
 
 def ddp() -> tuple[nn.Module, int, int]:
-    return DistributedDataParallel(sharded_llama(CONFIG, torch.device("cpu"))), dist.get_rank(), 1
+    return DistributedDataParallel(build_llama(CONFIG, torch.device("cpu"))), dist.get_rank(), 1
 
 
 def fsdp2() -> tuple[nn.Module, int, int]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return sharded_llama(CONFIG, torch.device("cpu"), data_mesh=mesh), dist.get_rank(), 1
+    return build_llama(CONFIG, torch.device("cpu"), data_mesh=mesh), dist.get_rank(), 1
 
 
 def hsdp() -> tuple[nn.Module, int, int]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    return sharded_llama(CONFIG, torch.device("cpu"), data_mesh=mesh), dist.get_rank(), 1
+    return build_llama(CONFIG, torch.device("cpu"), data_mesh=mesh), dist.get_rank(), 1
 
 
 def tensor_parallel() -> tuple[nn.Module, int, int]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return sharded_llama(CONFIG, torch.device("cpu"), tensor_mesh=mesh), 0, dist.get_world_size()
+    return build_llama(CONFIG, torch.device("cpu"), tensor_mesh=mesh), 0, dist.get_world_size()
 
 
 def fsdp2_over_tp() -> tuple[nn.Module, int, int]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    model = sharded_llama(CONFIG, torch.device("cpu"), data_mesh=mesh["data"], tensor_mesh=mesh["tensor"])
+    model = build_llama(CONFIG, torch.device("cpu"), data_mesh=mesh["data"], tensor_mesh=mesh["tensor"])
     return model, mesh["data"].get_local_rank(), 2
 
 
 def fsdp1() -> tuple[nn.Module, int, int]:
     wrapped = FullyShardedDataParallel(
-        sharded_llama(CONFIG, torch.device("cpu")),
+        build_llama(CONFIG, torch.device("cpu")),
         auto_wrap_policy=ModuleWrapPolicy({LlamaDecoderLayer}),
         use_orig_params=True,
         device_id=torch.device("cpu"),
