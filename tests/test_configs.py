@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
 
 from lightning_multinorm import SWAN, MultiNormGD, SinkGD
-from lightning_multinorm.cli import MultiNormCLI
+from lightning_multinorm.cli import MultiNormCLI, PlanningTrainer
 from lightning_multinorm.configurations import CONFIGS, find_config, packaged_configs, resolve_configs
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.optim.routing import route_model
@@ -32,7 +31,7 @@ OPTIMIZERS = {
 }
 
 
-class Idle(Trainer):
+class Idle(PlanningTrainer):
     """A trainer that is built as configured, and does not train."""
 
     def fit(self, model: Any, datamodule: Any = None, ckpt_path: str | None = None) -> None:  # type: ignore[override]

@@ -40,9 +40,10 @@ FLOORS = {
     "data": 10,
     "llama": 11,
     "callbacks": 11,
-    "cli": 12,
-    "__init__": 13,
-    "__main__": 13,
+    "planning": 12,
+    "cli": 13,
+    "__init__": 14,
+    "__main__": 14,
 }
 HEAVY = ("lightning", "transformers", "datasets", "jsonargparse", "torchmetrics", "tokenizers", "numba", "triton")
 
