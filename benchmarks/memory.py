@@ -1,6 +1,6 @@
 """Plan against measurement: the most that real training steps hold at a time, next to what ``plan`` says of them.
 
-``python -m benchmarks.memory [--model tiny 60m] [--precision 32-true bf16-true bf16-mixed] [--accumulate 1 2]``
+``python -m benchmarks.memory [--model tiny 60m] [--precision 32-true bf16-true bf16-mixed] [--batch 4x256]``
 
 A run is `LlamaPretraining` under Lightning's own Trainer on the CPU, three optimizer steps on random tokens, observed
 from before the model is built to the end; measured are the bytes of all tensors, as torch's allocator counts them.
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
@@ -99,11 +100,12 @@ def compare(model: str, optimizer: str, batch: MicroBatch, precision: str) -> di
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """Planned next to measured."""
-    view = Table("model", "optimizer", "precision", "micro-batch", "plan", "measured", "off by", title="Peak, MiB")
+    columns = ("optimizer", "precision", "micro-batch", "peak in the", "plan", "measured", "off by")
+    view = Table(*columns, title=f"{rows[0]['model']}, MiB", box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        batch = f"{row['sequences']} × {row['length']}" + (f" × {row['accumulate']}" if row["accumulate"] > 1 else "")
+        batch = f"{row['sequences']}×{row['length']}" + (f"×{row['accumulate']}" if row["accumulate"] > 1 else "")
         sizes = (f"{row[key] / 2**20:.1f}" for key in ("planned_bytes", "measured_bytes"))
-        view.add_row(row["model"], row["optimizer"], row["precision"], batch, *sizes, f"{row['deviation']:+.1%}")
+        view.add_row(row["optimizer"], row["precision"], batch, row["moment"], *sizes, f"{row['deviation']:+.1%}")
     return view
 
 
@@ -113,9 +115,12 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["tiny", "60m"], help="tiny, or a size of the papers")
     parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-true", "bf16-mixed"])
     parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=["sinkgd", "adamw"])
-    parser.add_argument("--sequences", type=int, default=4, help="of a micro-batch")
-    parser.add_argument("--length", type=int, default=256, help="of a sequence, in tokens")
-    parser.add_argument("--accumulate", type=int, nargs="+", default=[1, 2], help="micro-batches of a step")
+    parser.add_argument(
+        "--batch",
+        nargs="+",
+        default=["4x256", "4x256x2", "1x16x2"],
+        help="sequences x tokens [x micro-batches of a step]; large ones peak at the loss, small ones elsewhere",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -123,11 +128,10 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for model in options.model:
         rows = []
-        for accumulate in options.accumulate:
+        for batch in options.batch:
             for precision in options.precision:
                 for optimizer in options.optimizer:
-                    batch = MicroBatch(options.sequences, options.length, accumulate)
-                    rows.append(compare(model, optimizer, batch, precision))
+                    rows.append(compare(model, optimizer, MicroBatch(*map(int, batch.split("x"))), precision))
         Console().print(table(rows))
         options.out.mkdir(parents=True, exist_ok=True)
         result = {"machine": describe(), "steps": STEPS, "runs": rows}

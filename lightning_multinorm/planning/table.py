@@ -115,6 +115,7 @@ def _all_traffic(plan: Plan) -> Iterator[Traffic]:
 def _compute(plan: Plan) -> Text:
     compute, devices = plan.compute, _count(plan.layout.world, "device")
     text = Text.assemble(
+        "Tensors alone: a GPU's context, libraries and fragmentation come on top.\n\n",
         (f"{compute.per_token / 1e9:.2f} GFLOP a token", "bold"),
         f": 6 N = {compute.products / 1e9:.2f}, the embedding not counted, and\n"
         f"12 · layers · width · length = {compute.attention / 1e9:.2f} for attention",
