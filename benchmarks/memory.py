@@ -105,7 +105,14 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         batch = f"{row['sequences']}×{row['length']}" + (f"×{row['accumulate']}" if row["accumulate"] > 1 else "")
         sizes = (f"{row[key] / 2**20:.1f}" for key in ("planned_bytes", "measured_bytes"))
-        view.add_row(row["optimizer"], row["precision"], batch, row["moment"], *sizes, f"{row['deviation']:+.1%}")
+        view.add_row(
+            row["optimizer"],
+            row["precision"],
+            batch,
+            row["moment"].rpartition(": ")[2],
+            *sizes,
+            f"{row['deviation']:+.1%}",
+        )
     return view
 
 

@@ -1,6 +1,7 @@
 """``python -m lightning_multinorm plan``: from the configuration of a run to its plan, printed."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -45,19 +46,23 @@ class Planner:
         with torch.device("meta"):
             model.configure_model()
         batch = MicroBatch(datamodule.batch_size, datamodule.sequence_length, trainer.accumulate_grad_batches)
-        layout = layout_of(trainer.strategy, count_devices(devices or trainer.devices), trainer.num_nodes)
+        layout = layout_of(
+            trainer.strategy, count_devices(trainer.devices if devices is None else devices), trainer.num_nodes
+        )
         groups = parameter_groups(model, overrides=model.rules)
-        second: MakeOptimizer = SinkGD if _is_adamw(model.optimizer, groups) else ADAMW
-        return plan(
+        run = plan(
             model,
             model.llama_config,
             groups,
-            [model.optimizer, second],
+            [model.optimizer, ADAMW, SinkGD],
             batch,
             Precision.named(trainer.precision),
             layout,
             "cpu" if trainer.accelerator == "cpu" else "gpu",
         )
+        chosen, adamw, sinkgd = run.optimizers
+        beside = sinkgd if chosen.memory.name == adamw.memory.name else adamw
+        return replace(run, optimizers=(chosen, beside))
 
 
 def count_devices(devices: Any) -> int:
@@ -66,7 +71,7 @@ def count_devices(devices: Any) -> int:
     Raises:
         UsageError: for what is no number and no list of devices.
     """
-    if isinstance(devices, list):
+    if isinstance(devices, list) and devices:
         return len(devices)
     text = str(devices).strip()
     if text in ("auto", "-1"):
@@ -144,8 +149,3 @@ def _hsdp(devices: int, machines: int) -> Layout:
             "or more, or use fsdp2"
         )
     return Layout("HSDP", replicate=machines, shard=devices)
-
-
-def _is_adamw(make: MakeOptimizer, groups: list[dict[str, Any]]) -> bool:
-    built = [{**group, "params": [(n, torch.empty_like(p)) for n, p in group["params"]]} for group in groups]
-    return type(make(built)) is torch.optim.AdamW

@@ -65,7 +65,10 @@ def optimizer_memory(
     built = [
         {**group, "params": [(name, nn.Parameter(local[name])) for name, _ in group["params"]]} for group in groups
     ]
-    optimizer = make(built)
+    try:
+        optimizer = make(built)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the optimizer cannot be built: {' '.join(str(error).split())}") from None
     name = type(optimizer).__name__
     if isinstance(optimizer, MultiNormOptimizer):
         by_adam = [p for group in optimizer.param_groups if group["rule"] == "adam" for p in group["params"]]
@@ -111,7 +114,7 @@ def _count_states(optimizer: Optimizer) -> int:
         reason = " ".join(str(error).split())[:120]
         raise UsageError(
             f"the states of {type(optimizer).__name__} cannot be counted: its step on parameters without memory ends "
-            f"in {type(error).__name__}: {reason}. Plan with torch.optim's or this package's optimizers"
+            f"in {type(error).__name__}: {reason}. Plan with another, such as torch.optim.AdamW"
         ) from None
     return sum(_bytes(value) for state in optimizer.state.values() for value in state.values())
 

@@ -68,7 +68,8 @@ def _memory(plan: Plan) -> Table:
             row(label, sizes, note)
     row("A  activations", [_at(optimizer, LOSS).activations for optimizer in every], "kept for the backward pass")
     row("L  logits and loss", [_at(optimizer, LOSS).logits for optimizer in every], "mostly float32")
-    row("T  the optimizer's own", [optimizer.memory.transient for optimizer in every], "while it steps")
+    own = [optimizer.memory.transient for optimizer in every]
+    row("T  the optimizer's own", own, "unknown, and not in the peak" if None in own else "while it steps")
     table.add_section()
     for name in (FORWARD, LOSS, BACKWARD, STEP):
         held = [_at(optimizer, name) for optimizer in every]
@@ -86,13 +87,13 @@ def _ingredients(moment: Moment) -> str:
     """The letters of what is held at a moment."""
     if moment.name == BACKWARD:
         return "G grows, A shrinks"
-    letters = ["W + S"]
+    letters = ["W", "S"]
     letters += [letter for letter, size in (("G", moment.gradients), ("B", moment.buckets)) if size]
     letters += [letter for letter, size in (("A", moment.activations), ("T", moment.transient)) if size]
     letters += ["some F"] if moment.gathered else []
     if moment.logits:
         letters.append("L" if moment.name == LOSS else "some L")
-    return " + ".join(letters)
+    return "+".join(letters)
 
 
 def _communication(plan: Plan) -> Table:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.planning import Layout, MicroBatch, Precision
@@ -32,6 +33,8 @@ def test_flops_of_a_token() -> None:
         (lambda: layout_of("hsdp", 8, 1), "trainer.num_nodes=1; set it to 2"),
         (lambda: layout_of("single_device", 2, 1), "is for one device, not for 2"),
         (lambda: layout_of({"class_path": "x.FSDPStrategy", "init_args": {"cpu_offload": True}}, 2, 1), "cpu_offload"),
+        (lambda: count_devices(0), "trainer.devices=0 is no number"),
+        (lambda: planned("60m", torch.optim.Muon), "cannot be built: Muon only supports 2D parameters"),
         (lambda: count_devices("many"), "trainer.devices='many' is no number"),
         (lambda: MicroBatch(0, 256), "sequences=0"),
     ],

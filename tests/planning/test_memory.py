@@ -55,7 +55,7 @@ def test_nothing_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with Watch():
         planned("7b", SinkGD, torch.optim.AdamW, torch.optim.SGD)
-    assert max(made, default=0) <= 2048  # rotary frequencies
+    assert made and max(made) <= 4  # numbers of steps
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
