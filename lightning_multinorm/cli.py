@@ -1,4 +1,4 @@
-"""The command line: fit, validate, test and predict a LLaMA on text, configured in YAML.
+"""The command line: fit, validate, test, predict and plan a LLaMA on text, configured in YAML.
 
 ``python -m lightning_multinorm fit --config llama60m.yaml --config optimizer/adamw.yaml --trainer.max_steps 100``
 """
@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
@@ -22,13 +22,20 @@ from lightning_multinorm.configurations import resolve_configs
 from lightning_multinorm.data import TextDataModule
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.llama import LlamaPretraining
+from lightning_multinorm.planning.command import Planner
 from lightning_multinorm.strategies import FolderReadingIO
+
+
+class PlanningTrainer(Trainer):
+    """Lightning's Trainer, of which ``plan`` is one more subcommand."""
+
+    plan = Planner.plan
 
 
 class MultiNormCLI(LightningCLI):
     """LightningCLI with this project's callbacks always there and configurable, and one folder for each run."""
 
-    def __init__(self, args: Sequence[str] | None = None, trainer_class: type[Trainer] = Trainer) -> None:
+    def __init__(self, args: Sequence[str] | None = None, trainer_class: type[Trainer] = PlanningTrainer) -> None:
         super().__init__(
             LlamaPretraining,
             TextDataModule,
@@ -38,6 +45,17 @@ class MultiNormCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # LlamaPretraining keeps its configuration in the checkpoint itself
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and ``plan``, with the arguments that are not options."""
+        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """A plan draws no random number, and says nothing of a seed."""
+        super().parse_arguments(parser, args)
+        if self.config.subcommand == "plan":
+            self.config.plan.seed_everything = False
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Sections ``run``, ``checkpoint``, ``norm_convergence``, ``throughput``, ``progress`` and ``perplexity``."""
@@ -59,6 +77,8 @@ class MultiNormCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with loggers in the run's folder unless the configuration names its own."""
+        if self.subcommand == "plan":  # no trainer: it would look for the devices
+            return cast(Trainer, Planner(self.config.plan.trainer))
         config = self.config_init[self.subcommand]
         logger = config.trainer.logger
         if logger in (None, True):

@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
@@ -33,6 +33,7 @@ from typing_extensions import override
 from lightning_multinorm import checkpoints
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.layouts import flat_slices
+from lightning_multinorm.optim.base import MultiNormOptimizer
 
 META = "meta.pt"
 """In a folder of shards: what a checkpoint holds beside tensors. Lightning's name."""
@@ -263,6 +264,39 @@ def batches_side_by_side(trainer: Trainer) -> int:
 def is_flat(trainer: Trainer) -> bool:
     """Whether FSDP1 has flattened the parameters of the trainer's model."""
     return isinstance(trainer.strategy.model, FullyShardedDataParallel)
+
+
+def check_release(trainer: Trainer, optimizer: Optimizer) -> MultiNormOptimizer:
+    """The optimizer, if releasing its gradients does not change the training.
+
+    Raises:
+        UsageError: with the option that stands in its way.
+    """
+    if not isinstance(optimizer, MultiNormOptimizer):
+        raise UsageError(
+            f"gradient_release is for SinkGD, SWAN and MultiNormGD, not for {type(optimizer).__name__}; turn it off"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise UsageError(
+            f"gradient_release cannot accumulate over {trainer.accumulate_grad_batches} batches, since a gradient is "
+            "used and freed as soon as it is made; set trainer.accumulate_grad_batches=1, or turn gradient_release off"
+        )
+    if trainer.gradient_clip_val:
+        raise UsageError(
+            f"gradient_release cannot clip gradients (trainer.gradient_clip_val={trainer.gradient_clip_val}): their "
+            "norm is known when the last is made, and then the first are gone; set it to null, or turn release off"
+        )
+    if trainer.precision.startswith("16"):
+        raise UsageError(
+            f"gradient_release cannot undo the loss scaling of trainer.precision={trainer.precision}; use bf16-true, "
+            "bf16-mixed or 32-true"
+        )
+    if is_flat(trainer) or (isinstance(trainer.strategy, DDPStrategy) and trainer.world_size > 1):
+        raise UsageError(
+            "gradient_release under DDP or FSDP1 would use gradients that other ranks' have not been added to yet; use "
+            "the strategy fsdp2, or a single device"
+        )
+    return optimizer
 
 
 def _register() -> None:

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
 
 from lightning_multinorm import SWAN, MultiNormGD, SinkGD
-from lightning_multinorm.cli import MultiNormCLI
+from lightning_multinorm.cli import MultiNormCLI, PlanningTrainer
 from lightning_multinorm.configurations import CONFIGS, find_config, packaged_configs, resolve_configs
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.optim.routing import route_model
@@ -21,7 +20,14 @@ from lightning_multinorm.schedules import WarmupCosine
 PARAMETERS = {"60m": 58_073_600, "130m": 134_105_856, "350m": 367_969_280, "1b": 1_339_082_752, "7b": 6_738_415_616}
 MATRICES = {"60m": 25_296_896, "130m": 84_934_656, "350m": 302_383_104, "1b": 1_207_910_400, "7b": 6_476_005_376}
 STEPS = {"60m": 10_000, "130m": 20_000, "350m": 60_000, "1b": 100_000, "7b": 150_000}
-PROTOCOL = {"lr": 0.02, "iterations": 5, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
+PROTOCOL = {
+    "lr": 0.02,
+    "iterations": 5,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "stochastic_rounding": True,
+}
 OVERLAYS = [name for name in packaged_configs() if "/" in name]
 OPTIMIZERS = {
     "sinkgd": SinkGD,
@@ -32,7 +38,7 @@ OPTIMIZERS = {
 }
 
 
-class Idle(Trainer):
+class Idle(PlanningTrainer):
     """A trainer that is built as configured, and does not train."""
 
     def fit(self, model: Any, datamodule: Any = None, ckpt_path: str | None = None) -> None:  # type: ignore[override]

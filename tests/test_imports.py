@@ -44,6 +44,7 @@ FLOORS = {
     "optim.hyperparameters": 7,
     "optim.groups": 8,
     "optim.base": 9,
+    "optim.release": 10,
     "optim.sinkgd": 10,
     "optim.swan": 10,
     "optim.multinormgd": 10,
@@ -52,9 +53,10 @@ FLOORS = {
     "strategies": 12,
     "llama": 13,
     "callbacks": 13,
-    "cli": 14,
-    "__init__": 15,
-    "__main__": 15,
+    "planning": 14,
+    "cli": 15,
+    "__init__": 16,
+    "__main__": 16,
 }
 HEAVY = ("lightning", "transformers", "datasets", "jsonargparse", "torchmetrics", "tokenizers", "numba", "triton")
 

@@ -20,8 +20,9 @@ from lightning_multinorm.optim import SinkGD, parameter_groups
 from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.groups import Rule
 from lightning_multinorm.optim.hyperparameters import hyperparameters, restore_hyperparameters
+from lightning_multinorm.optim.release import release_gradients
 from lightning_multinorm.schedules import WarmupCosine, WarmupSchedule
-from lightning_multinorm.strategies import ShardedStrategy, is_flat
+from lightning_multinorm.strategies import ShardedStrategy, check_release, is_flat
 
 Batch = dict[str, Tensor]
 _SHAPE_FIELDS = (
@@ -54,6 +55,8 @@ class LlamaPretraining(LightningModule):
             match wins.
         activation_checkpointing: keep only the inputs of blocks for the backward pass, and compute the rest again:
             much less memory for a third more work. Default: False.
+        gradient_release: update each parameter inside the backward pass and free its gradient at once; on one device or
+            under fsdp2, without accumulation, clipping and float16. Default: False.
 
     Raises:
         UsageError: for an unknown size or field of the configuration.
@@ -67,6 +70,7 @@ class LlamaPretraining(LightningModule):
         scheduler: LRSchedulerCallable | None = WarmupCosine,
         rules: dict[str, Rule] | None = None,
         activation_checkpointing: bool = False,
+        gradient_release: bool = False,
     ) -> None:
         super().__init__()
         # No save_hyperparameters(): the command line would let a checkpoint's values beat those given to it.
@@ -75,6 +79,7 @@ class LlamaPretraining(LightningModule):
         self.scheduler = scheduler
         self.rules = rules
         self.activation_checkpointing = activation_checkpointing
+        self.gradient_release = gradient_release
         self.model: LlamaForCausalLM | None = None
         self.val = TokenLoss()
         self.test = TokenLoss()
@@ -93,7 +98,7 @@ class LlamaPretraining(LightningModule):
                 "precision": strategy.mixed_precision,
                 "reshard_after_forward": strategy.reshard_after_forward,
             }
-        device = torch.device("cpu") if strategy is None else strategy.root_device
+        device = torch.get_default_device() if strategy is None else strategy.root_device
         self.model = build_llama(self.llama_config, device, **spread)
         if self.activation_checkpointing:
             self.model.activation_checkpointing_enable()
@@ -166,6 +171,8 @@ class LlamaPretraining(LightningModule):
         optimizer = self.optimizer(parameter_groups(model, overrides=self.rules))
         if isinstance(self.trainer.strategy, DDPStrategy) and isinstance(optimizer, MultiNormOptimizer):
             optimizer.replicas = torch.distributed.group.WORLD
+        if self.gradient_release:
+            release_gradients(check_release(self.trainer, optimizer))
         self._configured = hyperparameters(optimizer)
         if self.scheduler is None:
             return optimizer
@@ -181,6 +188,11 @@ class LlamaPretraining(LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The step; then the gradients are freed, which Lightning would keep through the next forward pass."""
+        super().optimizer_step(*args, **kwargs)
+        self.zero_grad()
 
     def on_train_start(self) -> None:
         """After a checkpoint was loaded: the configured hyper-parameters hold, not the checkpoint's."""

@@ -49,19 +49,17 @@ def build_llama(
         _check_divisible(config, tensor_mesh.size())
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    policy: dict[str, Any] = {"reshard_after_forward": reshard_after_forward}
-    if precision is not None:
-        policy["mp_policy"] = precision
+    policy = precision or MixedPrecisionPolicy()
     for name, part in _parts(model):
         part.to_empty(device=device)
         initialise(part, config)
         if tensor_mesh is not None:
             _parallelize(model, name, part, tensor_mesh)
-        if data_mesh is not None and next(part.parameters(), None) is not None:
-            fully_shard(part, mesh=data_mesh, **policy)
+        if data_mesh is not None and name.startswith("layers."):
+            fully_shard(part, mesh=data_mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
     model.tie_weights()
-    if data_mesh is not None:
-        fully_shard(model, mesh=data_mesh, **policy)
+    if data_mesh is not None:  # embedding, last norm and head together; needed again at once, so kept
+        fully_shard(model, mesh=data_mesh, reshard_after_forward=False, mp_policy=policy)
     return model
 
 
@@ -82,7 +80,7 @@ def initialise(part: nn.Module, config: LlamaConfig) -> None:
 
 
 def _parts(model: LlamaForCausalLM) -> Iterator[tuple[str, nn.Module]]:
-    """What is initialised and gathered together, with its name: embedding, each block, the final norm, the head."""
+    """What is initialised together, with its name: embedding, each block, the final norm, the head."""
     inner = model.model
     yield "embed_tokens", inner.embed_tokens
     yield "rotary_emb", inner.rotary_emb

@@ -127,6 +127,8 @@ class MultiNormOptimizer(Optimizer):
     def step_parameter(self, parameter: Tensor) -> None:
         """The step of one parameter alone, inside backward: see `release.release_gradients`."""
         group = next(group for group in self.param_groups if any(parameter is p for p in group["params"]))
+        assert parameter.grad is not None
+        check_gradient(type(self).__name__, "a parameter", parameter.grad)
         self._update([(group, [parameter])])
 
     def _with_gradient(self, group: Group) -> list[Tensor]:

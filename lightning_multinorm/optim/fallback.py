@@ -14,8 +14,10 @@ from torch.optim.adamw import adamw
 
 from lightning_multinorm.layouts import local
 from lightning_multinorm.rounding import lowbias32, round_to_bfloat16
-from lightning_multinorm.sinkhorn.eager import block_size
 
+ROUNDED_BYTES = 64
+"""Temporary memory of a stochastically rounded step, for each entry of a block."""
+_ROUNDED_CPU, _ROUNDED_ACCELERATOR = 2**15, 2**21
 _FUSED = ("cpu", "cuda")
 
 
@@ -80,7 +82,7 @@ def _rounded_adam_(parameter: Tensor, state: dict[str, Any], group: dict[str, An
     rate, root = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
     assert parameter.grad is not None
     flat = [local(x).flatten() for x in (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
-    size = block_size(flat[0])
+    size = rounded_block(parameter.device.type)
     for start in range(0, flat[0].numel(), size):
         w, g, m, v = (x[start : start + size] for x in flat)
         noise = _noise(seed, start, len(w), w.device)
@@ -92,6 +94,11 @@ def _rounded_adam_(parameter: Tensor, state: dict[str, Any], group: dict[str, An
         w.copy_(round_to_bfloat16(moved, noise >> 16))
         m.copy_(mean)
         v.copy_(round_to_bfloat16(variance, noise & 0xFFFF))
+
+
+def rounded_block(device: str) -> int:
+    """Entries that a stochastically rounded step takes at a time, on a type of device."""
+    return _ROUNDED_CPU if device == "cpu" else _ROUNDED_ACCELERATOR
 
 
 def _noise(seed: Tensor, start: int, count: int, device: torch.device) -> Tensor:

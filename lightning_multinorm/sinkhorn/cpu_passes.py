@@ -88,9 +88,11 @@ def _each(task: Callable[[Part, Any], None], parts: Sequence[Part]) -> None:
     longest = max((part.gradient.shape[1] for part in parts), default=0)
 
     def worker() -> None:
-        buffer = np.zeros((kernels.BUFFER, longest), np.float32)
+        buffer = np.zeros(kernels.BUFFER * longest, np.float32)
         for part in remaining:
-            task(part, buffer[:, : part.gradient.shape[1]])
+            columns = part.gradient.shape[1]
+            # Contiguous for every part: the machine code for strided rows would add up in another order.
+            task(part, buffer[: kernels.BUFFER * columns].reshape(kernels.BUFFER, columns))
 
     others = min(torch.get_num_threads(), len(parts)) - 1
     futures = [cpu_threads.pool(os.getpid(), others).submit(worker) for _ in range(others)]

@@ -33,7 +33,7 @@ def test_rate_is_of_the_last_batches_alone(monkeypatch: pytest.MonkeyPatch) -> N
     clock = iter([0.0, 1.0, 10.0, 14.0, 20.0, 24.0])
     monkeypatch.setattr("lightning_multinorm.callbacks.throughput.time.perf_counter", lambda: next(clock))
     throughput, rates = Throughput(window=2), []
-    trainer_ = SimpleNamespace(world_size=2)
+    trainer_ = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": 0})
     module = SimpleNamespace(log_dict=lambda values, on_epoch: rates.append(values["throughput/tokens_per_second"]))
     batch = {"input_ids": torch.zeros(4, LENGTH)}
     for index in range(3):

@@ -20,6 +20,7 @@ from lightning_multinorm import SWAN, MultiNormGD, SinkGD, layouts, parameter_gr
 from lightning_multinorm.layouts import clean, flat_slices
 from lightning_multinorm.llama.parallel import build_llama
 from lightning_multinorm.norms import ColumnNorm, RowNorm
+from lightning_multinorm.optim.release import release_gradients
 
 STEPS, VOCABULARY, LENGTH = 20, 51, 12
 CONFIG = LlamaConfig(
@@ -84,6 +85,47 @@ def check(spread: str, maker: str) -> None:
     assert rank < world
 
 
+def released(maker: str) -> None:
+    """Updates inside backward under FSDP2 are those after it, bit for bit."""
+    models = []
+    for release in (False, True):
+        torch.manual_seed(3)
+        model, rank, _ = fsdp2()
+        optimizer = MAKERS[maker](parameter_groups(model), lr=0.01)
+        if release:
+            release_gradients(optimizer)
+        train(model, optimizer, [rank])
+        models.append(gathered(model))
+    for name, parameter in models[0].items():
+        assert torch.equal(parameter, models[1][name]), name
+
+
+def release_is_refused() -> None:
+    """Under DDP and FSDP1, where ranks would part."""
+    for spread in (ddp, fsdp1):
+        model, _, _ = spread()
+        optimizer = SinkGD(parameter_groups(model))
+        try:
+            release_gradients(optimizer)
+        except ValueError as error:
+            assert "fsdp2" in str(error)
+        else:
+            raise AssertionError(f"{spread.__name__} was taken")
+
+
+def flat_slices_are_never_adams() -> None:
+    """Names and 1-D shapes cannot tell FSDP1's slices of matrices from vectors."""
+    model, _, _ = fsdp1()
+    for parameters in (model.named_parameters(), model.parameters()):
+        try:
+            SinkGD(parameters)
+        except ValueError as error:
+            assert "fsdp2" in str(error)
+            assert "parameter_groups" in str(error)
+        else:
+            raise AssertionError("slices were taken")
+
+
 def gathered(model: nn.Module) -> dict[str, Tensor]:
     """Whole parameters by name."""
     slices = flat_slices(model)
@@ -140,3 +182,9 @@ CHECKS: dict[str, Callable[[], None]] = {}
 for _spread, _maker in itertools.product(SPREAD, MAKERS):
     CHECKS[f"{_spread}-{_maker}"] = partial(check, _spread, _maker)
     CHECKS[f"{_spread}-{_maker}"].sizes = _SIZES.get(_spread, (2, 3, 4))  # type: ignore[attr-defined]
+for _maker in MAKERS:
+    CHECKS[f"released-{_maker}"] = partial(released, _maker)
+    CHECKS[f"released-{_maker}"].sizes = (2,)  # type: ignore[attr-defined]
+for _check in (release_is_refused, flat_slices_are_never_adams):
+    CHECKS[_check.__name__] = _check
+    _check.sizes = (2,)  # type: ignore[attr-defined]

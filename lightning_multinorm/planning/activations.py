@@ -1,0 +1,79 @@
+"""What a LLaMA of transformers, with fused attention (sdpa), keeps from the forward pass for the backward one.
+
+Derived by hand from its modules, and held to what autograd saves by a test. Bytes per token; w is the width of a
+product's output, s that of the residual stream, 4 a float32:
+
+- a norm saves its input as float32 (4 h), the reciprocal root of each token (4), and the normalised vector before its
+  gain (s h); what it returns is saved by the products that read it, once (w h), or under autocast once for each, since
+  each makes its own copy;
+- attention saves queries and output (2 w h), keys and values (2 w k), and float32 log-sum-exps (4 heads);
+- the MLP saves gate, silu(gate), up and their product (4 w i); the products' weights are the parameters, and under
+  autocast copies of them, which live as long;
+- the output head saves its input; the loss saves log-probabilities in float32 (4 V), and while it runs holds more.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from lightning_multinorm.planning.settings import Layout, MicroBatch, Precision, Shape
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch on one device.
+
+    Attributes:
+        layer: saved by one decoder layer, copies of weights included.
+        ends: saved outside the layers: token ids, rotary tables, last norm, input and weight copy of the output head.
+        in_flight: gradients of one layer's activations, which its backward pass makes on the way.
+        embedding_gradient: what arrives at the embedding at last.
+        logits_forward: the most that logits and loss hold in the forward pass.
+        logits_saved: what of it the backward pass finds; part of the next.
+        logits_backward: the most that they hold in the backward pass.
+        logits_gradient: what the output head's backward pass then reads.
+    """
+
+    layer: int
+    ends: int
+    in_flight: int
+    embedding_gradient: int
+    logits_forward: int
+    logits_saved: int
+    logits_backward: int
+    logits_gradient: int
+
+
+def activations(shape: Shape, batch: MicroBatch, precision: Precision, layout: Layout) -> Activations:
+    """Activations of a LLaMA's micro-batch.
+
+    FSDP with a mixed precision casts parameters and inputs itself, so that activations are as with true 16 bits.
+    """
+    autocast = precision.mixed and layout.shard == 1
+    w = precision.products.itemsize
+    s = precision.weights.itemsize if autocast else w
+    h, i = shape.hidden, shape.intermediate / layout.tensor
+    q, k = (count * shape.head_dim / layout.tensor for count in (shape.heads, shape.kv_heads))
+
+    norm = (4 + s) * h + 4
+    read_by_attention, read_by_mlp = (3 * w * h, 2 * w * h) if autocast else (w * h, w * h)
+    attention = 2 * w * (q + k) + 4 * shape.heads / layout.tensor
+    per_token = 2 * norm + read_by_attention + attention + read_by_mlp + 4 * w * i
+    layer_weights = h * (2 * q + 2 * k) + 3 * h * i
+    head_weight = shape.vocabulary / layout.tensor * h
+    copies = w if autocast else 0
+
+    tables = 2 * batch.length * shape.head_dim * s
+    ends = batch.tokens * (norm + w * h + 2 * torch.int64.itemsize) + tables + copies * head_weight
+    logits = batch.tokens * shape.vocabulary  # complete on each device, whatever the layout
+    cast = w != torch.float32.itemsize
+    return Activations(
+        layer=round(batch.tokens * per_token + copies * layer_weights),
+        ends=round(ends),
+        in_flight=round(batch.tokens * (3 * w * i + 2 * 4 * h)),
+        embedding_gradient=batch.tokens * h * s,
+        logits_forward=logits * (w + (4 if cast else 0) + 4),  # as the head gives them, as float32, log-probabilities
+        logits_saved=logits * 4,
+        logits_backward=logits * 12,  # log-probabilities, their gradient, the gradient of the float32 logits
+        logits_gradient=logits * w,
+    )
