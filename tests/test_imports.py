@@ -31,6 +31,7 @@ FLOORS = {
     "sinkhorn.sharded": 3,
     "sinkhorn.cpu_passes": 4,
     "sinkhorn.eager_passes": 4,
+    "sinkhorn.triton_passes": 4,
     "sinkhorn.select": 5,
     "norms": 1,
     "configurations": 1,

@@ -90,8 +90,11 @@ def optimizer_traffic(placed: Sequence[Placed], optimizer: OptimizerMemory, layo
         return Traffic(optimizer.name, 0, 0)
     if optimizer.gathers:
         # As a sum of float32 that are zero where a device holds nothing, which is exact for every layout.
-        size = _FLOAT * sum(place.shape.numel() for place in matrices)
-        return Traffic(optimizer.name, len(matrices), round(2 * gather_cost(size, layout.shard * layout.tensor)))
+        by_gram = [p for p in matrices if optimizer.grams and layout.tensor == 1 and p.shape[0] >= p.shape[1]]
+        size = _FLOAT * sum(place.shape.numel() for place in matrices if place not in by_gram)
+        size += _FLOAT * sum(place.shape[1] ** 2 + 1 for place in by_gram)  # and the norm
+        collectives = len(matrices) + len(by_gram)
+        return Traffic(optimizer.name, collectives, round(2 * gather_cost(size, layout.shard * layout.tensor)))
     assert optimizer.iterations is not None
     passes = optimizer.iterations + 1  # in the first, columns are summed at two scales, or rows looked through
     sent = 0.0

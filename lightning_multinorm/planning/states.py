@@ -34,7 +34,8 @@ class OptimizerMemory:
         releases: whether it can release gradients inside the backward pass.
         transient: held during a step at most, beyond that; None if it is not known for this class.
         iterations: alternations of rows and columns whose sums travel between shards; None if it needs none.
-        gathers: whether it needs each matrix as a whole.
+        gathers: whether it needs each matrix as a whole,
+        grams: but of those whose long side is sharded only the Gram matrix of the short one.
     """
 
     name: str
@@ -43,6 +44,7 @@ class OptimizerMemory:
     releases: bool = False
     iterations: int | None = None
     gathers: bool = False
+    grams: bool = False
 
 
 def optimizer_memory(
@@ -82,6 +84,7 @@ def optimizer_memory(
             transient=max(_normalizing(optimizer, matrices, dtype, device), _rounding(optimizer, by_adam, device)),
             iterations=optimizer.defaults["iterations"] if isinstance(optimizer, SinkGD) else None,
             gathers=not isinstance(optimizer, SinkGD),
+            grams=isinstance(optimizer, SWAN) and optimizer.defaults["whitening"] == "newton_schulz",
             releases=True,
         )
     return OptimizerMemory(name, _count_states(optimizer), _elementwise(optimizer, device))

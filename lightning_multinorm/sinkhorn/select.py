@@ -90,6 +90,10 @@ def passes(kernel: Kernel, device: torch.device, dtypes: Iterable[torch.dtype]) 
         from lightning_multinorm.sinkhorn import cpu_passes
 
         return cpu_passes
+    if kernel == "triton":
+        from lightning_multinorm.sinkhorn import triton_passes
+
+        return triton_passes
     from lightning_multinorm.sinkhorn import eager_passes
 
     return eager_passes

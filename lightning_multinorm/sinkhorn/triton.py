@@ -141,6 +141,19 @@ def update_(
     return None if residuals is None else residuals.view(len(weights), *batch, iterations, 2)
 
 
+def apply_(
+    W: Tensor, G: Tensor, r: Tensor, c: Tensor, lr: float | Tensor, weight_decay: float, seed: int | Tensor | None
+) -> None:
+    """``W <- (1 - lr · weight_decay) W - lr · (r G) c`` for a matrix, or a part of one, with known scalings."""
+    with _on(G.device):
+        rate = lr if isinstance(lr, Tensor) and lr.device == G.device else float(lr)
+        if seed is not None and not (isinstance(seed, Tensor) and seed.device == G.device):
+            seed = int(seed) & 0xFFFFFFFF
+        (table,) = _tables([W], [G])
+        _Work(table, W, G).apply_(slice(0, 1), r, c, rate, weight_decay, seed)
+    torch.autograd.graph.increment_version([W] if not W.is_inference() else [])
+
+
 class _Work:
     """All matrices of a table, their plan, and the launches over a group of them."""
 

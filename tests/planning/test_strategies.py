@@ -50,7 +50,9 @@ def test_sinkgd_sends_vectors_where_muon_sends_matrices() -> None:
     columns = 8 * (6 * 512 + 1376)
     assert own.collectives == 3 and own.bytes == round(2 * gather_cost(4 * columns * (3 + 1), 8))
     assert run.muon.bytes == round(gather_cost(2 * run.matrices, 8)) and run.muon.collectives == 7 * 8
-    assert swan.bytes == 4 * run.muon.bytes  # gathered as float32, by a sum
+    long = sum((1376 - 512) * 512 for _ in range(2 * 8))  # what Gram matrices of gate and up save
+    sent = 2 * gather_cost(4 * (run.matrices - long + 8 * 6), 8)  # gathered as float32, by a sum; and 48 norms
+    assert swan.bytes == round(sent) and swan.collectives == 7 * 8 + 6 * 8
 
 
 def test_tensor_parallel_sums_rows_of_what_is_split_by_columns() -> None:

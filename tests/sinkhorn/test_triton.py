@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lightning_multinorm.rounding import noise, round_to_bfloat16
-from lightning_multinorm.sinkhorn import eager, reference
+from lightning_multinorm.sinkhorn import eager, eager_passes, reference
+from lightning_multinorm.sinkhorn.sharded import Part
 
 pytest.importorskip("triton")
 from lightning_multinorm.sinkhorn import triton as fast
+from lightning_multinorm.sinkhorn import triton_passes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # NumPy, in the interpreter, remarks on the infinities of the tests about infinities.
@@ -398,3 +400,27 @@ def test_an_unseen_list_is_not_captured(gpu: torch.device) -> None:
     W, G = torch.zeros(8, 8, device=gpu), torch.randn(8, 8, device=gpu)
     with pytest.raises(RuntimeError, match="once"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         fast.update_([W], [G], lr=0.1)
+
+
+@pytest.mark.parametrize("dtype", _DTYPES)
+@pytest.mark.parametrize("shape", [(85, 33), (1, 300), (600, 5), (17, 513)])
+def test_passes_over_parts_are_those_of_plain_pytorch(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Row and column sums, largest entries and the update, for parts that are views of larger matrices."""
+    G = _gradient(*shape, device=device, dtype=dtype)
+    outer = torch.zeros(shape[0] + 2, shape[1] + 3, device=device, dtype=dtype)
+    outer[1:-1, 2:-1] = G
+    results = []
+    for passes, gradient in ((eager_passes, G), (triton_passes, outer[1:-1, 2:-1])):
+        torch.manual_seed(1)
+        vectors = [torch.rand(k) + 0.5 for k in (shape[0], shape[1], shape[0], shape[1], shape[1])]
+        W = torch.randn(shape).to(dtype)
+        part = Part(W.to(device), gradient, *(vector.to(device) for vector in vectors))
+        passes.add_row_sums([part])
+        passes.add_column_sums([part], lift=True)
+        passes.take_largest([part])
+        passes.apply_([part], [0.1], [0.01], [7])
+        results.append((part.R, part.C, part.lifted, part.weight.float()))
+    for one, two in zip(*results, strict=True):
+        assert_close(one, two, rtol=1e-5, atol=1e-6)
