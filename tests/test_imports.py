@@ -17,6 +17,7 @@ FLOORS = {
     "layouts.dtensors": 1,
     "layouts.flat": 1,
     "layouts": 2,
+    "layouts.clipping": 3,
     "checkpoints": 3,
     "schedules": 0,
     "whitening": 0,

@@ -13,6 +13,8 @@ from transformers import LlamaForCausalLM
 
 from lightning_multinorm.data import TextDataModule
 from lightning_multinorm.errors import UsageError
+from lightning_multinorm.layouts import flat_slices
+from lightning_multinorm.layouts.clipping import clip_
 from lightning_multinorm.llama.loss import IGNORE, TokenLoss, token_losses
 from lightning_multinorm.llama.parallel import build_llama
 from lightning_multinorm.llama.sizes import Size, config_fields, llama_config
@@ -188,6 +190,18 @@ class LlamaPretraining(LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """By the norm of all gradients, however they are spread over devices; by value as Lightning does."""
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            clip_(self.parameters(), gradient_clip_val, flat_slices(self.trainer.strategy.model or self))
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The step; then the gradients are freed, which Lightning would keep through the next forward pass."""

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lightning_multinorm import SWAN, MultiNormGD, SinkGD, layouts, parameter_groups
 from lightning_multinorm.layouts import clean, flat_slices
+from lightning_multinorm.layouts.clipping import clip_
 from lightning_multinorm.llama.parallel import build_llama
 from lightning_multinorm.norms import ColumnNorm, RowNorm
 from lightning_multinorm.optim.release import release_gradients
@@ -83,6 +84,25 @@ def check(spread: str, maker: str) -> None:
     for name, parameter in gathered(model).items():
         assert_close(parameter, expected[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
     assert rank < world
+
+
+def clipped(spread: str) -> None:
+    """The norm of all gradients, and the gradients after clipping, are those of one device."""
+    torch.manual_seed(3)
+    model, rank, replicas = SPREAD[spread]()
+    loss(model, batch(0, rank)).backward()
+    torch.manual_seed(3)
+    whole_model = build_llama(CONFIG, torch.device("cpu"))
+    for other in range(dist.get_world_size() // replicas):
+        (loss(whole_model, batch(0, other)) / (dist.get_world_size() // replicas)).backward()
+    slices = flat_slices(model)
+    norm = clip_(model.parameters(), 0.1, slices)
+    expected = torch.nn.utils.clip_grad_norm_(whole_model.parameters(), 0.1)
+    assert expected > 0.1
+    assert_close(norm, expected, rtol=1e-5, atol=0)
+    for parameter, other in zip(model.parameters(), whole_model.parameters(), strict=True):
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert_close(layouts.whole(gradient, slices.get(parameter)), other.grad, rtol=1e-4, atol=1e-6)
 
 
 def released(maker: str) -> None:
@@ -182,6 +202,9 @@ CHECKS: dict[str, Callable[[], None]] = {}
 for _spread, _maker in itertools.product(SPREAD, MAKERS):
     CHECKS[f"{_spread}-{_maker}"] = partial(check, _spread, _maker)
     CHECKS[f"{_spread}-{_maker}"].sizes = _SIZES.get(_spread, (2, 3, 4))  # type: ignore[attr-defined]
+for _spread in SPREAD:
+    CHECKS[f"clipped-{_spread}"] = partial(clipped, _spread)
+    CHECKS[f"clipped-{_spread}"].sizes = _SIZES.get(_spread, (2,))  # type: ignore[attr-defined]
 for _maker in MAKERS:
     CHECKS[f"released-{_maker}"] = partial(released, _maker)
     CHECKS[f"released-{_maker}"].sizes = (2,)  # type: ignore[attr-defined]
