@@ -71,13 +71,17 @@ class NormConvergence(Callback):
             )
 
     @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if trainer.global_step % self.every_n_steps:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.shadow or trainer.global_step % self.every_n_steps:
             return
-        if self.shadow:
+        for optimizer in trainer.optimizers:  # before the backward pass, in which gradient release updates
+            if isinstance(optimizer, MultiNormOptimizer) and self._observe not in optimizer.observers:
+                optimizer.observers.append(self._observe)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if self.shadow and not trainer.global_step % self.every_n_steps:
             self._compute_shadow()
-        elif isinstance(optimizer, MultiNormOptimizer) and self._observe not in optimizer.observers:
-            optimizer.observers.append(self._observe)
 
     @override
     def on_train_batch_end(

@@ -166,12 +166,13 @@ class LlamaPretraining(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer on the papers' parameter groups, and its schedule, counted in steps."""
-        model: torch.nn.Module = self
-        if is_flat(self.trainer):  # only the outermost wrapper knows what its own slices are
-            assert self.trainer.strategy.model is not None
-            model = self.trainer.strategy.model
+        trainer = self._trainer
+        model: Any = self
+        if trainer is not None and is_flat(trainer):  # only the outermost wrapper knows what its own slices are
+            model = trainer.strategy.model
         optimizer = self.optimizer(parameter_groups(model, overrides=self.rules))
-        if isinstance(self.trainer.strategy, DDPStrategy) and isinstance(optimizer, MultiNormOptimizer):
+        replicated = trainer is not None and isinstance(trainer.strategy, DDPStrategy)
+        if replicated and isinstance(optimizer, MultiNormOptimizer):
             optimizer.replicas = torch.distributed.group.WORLD
         if self.gradient_release:
             release_gradients(check_release(self.trainer, optimizer))
