@@ -60,13 +60,14 @@ def test_accumulated_gradients_are_kept_until_the_step(tmp_path: Path) -> None:
     assert [bool(count) for count in gradients.after_step] == [True, False, True, False]
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty", "ignore:.*dataloader is not resumable")
 def test_a_released_run_resumes(tmp_path: Path) -> None:
     def saving() -> dict[str, Any]:
         checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
         return {"callbacks": [checkpoint], "enable_checkpointing": True}
 
     whole, _, _ = fit(tmp_path, **saving())
-    path = tmp_path / "step=3.ckpt"
+    [path] = tmp_path.rglob("step=3.ckpt")
     assert path.is_file()
     rest, _, _ = fit(tmp_path, ckpt_path=path, **saving())
     assert rest.trainer.global_step == whole.trainer.global_step == 6
