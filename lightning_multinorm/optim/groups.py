@@ -15,7 +15,7 @@ from lightning_multinorm.optim.routing import Kind, Route, route_by_name, route_
 from lightning_multinorm.optim.stateless import MATRIX_RULES
 from lightning_multinorm.views import check_view
 
-Rule = Literal["multinorm", "adam", "row_root", "row_root_column", "row_root_whitened", "column", "sign"]
+Rule = Literal["multinorm", "adam", "row_root", "column", "clipped_column", "clipped_whitened", "sign"]
 """multinorm: the optimizer's own. adam: the only one with state. The others, without state: see `stateless`."""
 Policy = Literal["paper", "stateless"] | Mapping[Kind, Rule]
 Group = dict[str, Any]
@@ -32,7 +32,7 @@ PAPER: Mapping[Kind, Rule] = {
 STATELESS: Mapping[Kind, Rule] = {
     "matrix": "multinorm",
     "embedding": "row_root",
-    "head": "row_root_whitened",
+    "head": "clipped_whitened",
     "norm": "sign",
     "bias": "sign",
 }
@@ -124,9 +124,8 @@ def routing_table(groups: Iterable[Group]) -> str:
     for group in groups:
         for name, parameter in _named(group):
             shape = "×".join(map(str, parameter.shape))
-            rows.append(
-                (name, shape, group.get("name", ""), group["rule"], group["view"] if group["rule"] in _MATRIX_RULES else "")
-            )
+            view = group["view"] if group["rule"] in _MATRIX_RULES else ""
+            rows.append((name, shape, group.get("name", ""), group["rule"], view))
             totals[group["rule"]] = totals.get(group["rule"], 0) + parameter.numel()
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -43,11 +43,14 @@ def _reference(rule: str, G: Tensor) -> Tensor:
     X = G.double()
     if rule == "sign":
         return X.sign()
-    if rule != "column":
-        X = X / X.norm(dim=1, keepdim=True).sqrt()
-    if rule in ("column", "row_root_column"):
+    norms = X.norm(dim=1, keepdim=True)
+    if rule == "row_root":
+        X = X / norms.sqrt()
+    if rule.startswith("clipped"):
+        X = X / (1 + (norms / (2 * norms.square().mean().sqrt())).square()).sqrt()
+    if rule in ("column", "clipped_column"):
         return X / X.norm(dim=0) * len(X) ** 0.5
-    if rule == "row_root_whitened":
+    if rule == "clipped_whitened":
         X = polar_newton_schulz(X / X.norm(), k=10, beta=0.8)
     return X / X.square().mean().sqrt()
 
@@ -63,8 +66,9 @@ def _skewed(*shape: int) -> Tensor:
 @pytest.mark.usefixtures("block")
 def test_equals_the_definition(rule: str, shape: tuple[int, int]) -> None:
     G = _skewed(*shape)
-    precision = 1e-2 if rule == "row_root_whitened" else 1e-5  # the iteration amplifies small singular values
-    assert_close(_step(rule, G).double(), _reference(rule, G), rtol=precision, atol=precision)
+    if rule == "clipped_whitened":
+        G = G.double()  # the iteration amplifies small singular values, and rounding in them
+    assert_close(_step(rule, G).double(), _reference(rule, G), rtol=1e-5, atol=1e-5)
 
 
 @every
@@ -120,11 +124,11 @@ def test_rows_of_any_size_are_safe(rule: str) -> None:
     G[1] *= 1e-25
     update = _step(rule, G)
     assert update.isfinite().all()
-    if rule != "row_root_whitened":  # of one row that dwarfs the others, only rounding is left to whiten
+    if rule != "clipped_whitened":  # of one row that dwarfs the others, only rounding is left to whiten
         assert_close(update.double(), _reference(rule, G.double()), rtol=2e-3, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", ["column", "row_root_column"])
+@pytest.mark.parametrize("rule", ["column", "clipped_column"])
 def test_columns_of_any_size_are_made_alike(rule: str) -> None:
     G = torch.randn(7, 5) * torch.tensor([1.0, 1e-25, 1e12, 1e3, 1e-12])
     assert_close(_step(rule, G).norm(dim=0), torch.full((5,), 7**0.5))
@@ -132,13 +136,13 @@ def test_columns_of_any_size_are_made_alike(rule: str) -> None:
 
 @matrix_rules
 def test_directions_have_rms_one_and_rare_rows_move_less(rule: str) -> None:
-    G = torch.randn(64, 16)
+    G = torch.randn(64, 16, dtype=torch.float64)
     G[10:] *= 1e-3
     update = _step(rule, G)
     assert_close(update.square().mean().sqrt().item(), 1.0, rtol=1e-4, atol=0)
     ratio = update[:10].norm(dim=1).mean() / update[10:].norm(dim=1).mean()
-    kept = {"column": 1e3, "row_root": 1e3**0.5, "row_root_column": 1e3**0.5, "row_root_whitened": 3.3}
-    assert kept[rule] / 1.3 < ratio < kept[rule] * 1.3
+    kept = {"column": 1e3, "row_root": 1e3**0.5, "clipped_column": 620, "clipped_whitened": 3.3}
+    assert kept[rule] / 1.4 < ratio < kept[rule] * 1.4
 
 
 @every
@@ -219,7 +223,7 @@ def test_policy_stateless_keeps_no_state_and_trains(optimizer: Any, model: Any) 
     torch.manual_seed(0)
     model = model()
     groups = parameter_groups(model, policy="stateless")
-    assert {group["rule"] for group in groups} == {"multinorm", "row_root", "row_root_whitened", "sign"}
+    assert {group["rule"] for group in groups} == {"multinorm", "row_root", "clipped_whitened", "sign"}
     chosen = optimizer(groups)
     losses = []
     for _ in range(30):
@@ -269,7 +273,7 @@ def test_routing_table_shows_the_rules() -> None:
     table = routing_table(parameter_groups(TinyText(), policy="stateless"))
     cells = {line.split()[0]: line.split()[1:] for line in table.splitlines()}
     assert cells["embedding.weight"] == ["13×12", "embedding", "row_root", "matrix"]
-    assert cells["lm_head.weight"] == ["13×8", "head", "row_root_whitened", "matrix"]
+    assert cells["lm_head.weight"] == ["13×8", "head", "clipped_whitened", "matrix"]
     assert cells["norm.weight"] == ["8", "norm", "sign"]
     assert "adam:" not in cells
 
