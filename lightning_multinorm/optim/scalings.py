@@ -50,7 +50,8 @@ def row_scaling(matrix: ShardedMatrix, rows: Rows, like: Tensor) -> Tensor:
             squared_knee = KNEE**2 * total / count.clamp(min=1)
             clip = torch.rsqrt(1 + weights.square() / torch.where(total > 0, squared_knee, 1))
             weights, r = weights * clip, r * clip
-    return r * to_rms_one(_sum(weights, matrix), matrix.shape[0] * matrix.shape[1])
+    squared = _sum(weights, matrix)
+    return r * torch.where(squared > 0, (matrix.shape[0] * matrix.shape[1] / squared).sqrt(), 0)
 
 
 def column_scaling(matrix: ShardedMatrix, r: Tensor) -> Tensor:
@@ -58,32 +59,18 @@ def column_scaling(matrix: ShardedMatrix, r: Tensor) -> Tensor:
     largest, squares = (r.new_zeros(matrix.frame[1]) for _ in range(2))
     for piece in matrix.pieces:
         _, columns = place(piece)
-        for _, X in scaled_blocks(piece, r):
+        for _, X in _scaled_blocks(piece, r):
             largest[columns] = torch.maximum(largest[columns], torch.linalg.vector_norm(X, float("inf"), dim=0))
     b = inverse_power_of_two(_all_reduce(largest, matrix.column_groups, dist.ReduceOp.MAX))
     for piece in matrix.pieces:
         _, columns = place(piece)
-        for _, X in scaled_blocks(piece, r):
+        for _, X in _scaled_blocks(piece, r):
             squares[columns] += X.mul_(b[columns]).square_().sum(0)
     _all_reduce(squares, matrix.column_groups)
     return torch.where(squares > 0, b * matrix.shape[0] ** 0.5 / torch.where(squares > 0, squares, 1).sqrt(), 0)
 
 
-def gram_of_columns(matrix: ShardedMatrix, r: Tensor) -> Tensor:
-    """``Xᵀ X`` (n, n) with ``X = diag(r) G``, of a matrix whose rows are whole on their ranks."""
-    A = r.new_zeros(matrix.shape[1], matrix.shape[1])
-    for piece in matrix.pieces:
-        for _, X in scaled_blocks(piece, r):
-            A.addmm_(X.mT, X)
-    return _all_reduce(A, matrix.column_groups)
-
-
-def to_rms_one(squared: Tensor, count: int) -> Tensor:
-    """The factor that gives so many entries, whose squares sum to ``squared``, the root mean square 1."""
-    return torch.where(squared > 0, (count / torch.where(squared > 0, squared, 1)).sqrt(), 0)
-
-
-def scaled_blocks(piece: Piece, scaling: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _scaled_blocks(piece: Piece, scaling: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """diag(scaling) G, a block of rows after another, in a buffer that the caller may spoil."""
     rows, _ = place(piece)
     buffer = None
@@ -117,7 +104,7 @@ def _row_norms(matrix: ShardedMatrix, like: Tensor) -> tuple[Tensor, Tensor, Ten
     a = inverse_power_of_two(_all_reduce(largest, matrix.row_groups, dist.ReduceOp.MAX))
     for piece in matrix.pieces:
         rows, _ = place(piece)
-        for block, X in scaled_blocks(piece, a):
+        for block, X in _scaled_blocks(piece, a):
             squares[rows][block] += X.square_().sum(-1)
     _all_reduce(squares, matrix.row_groups)
     exponent = torch.where(largest > 0, torch.frexp(a).exponent, _NO_ROW)

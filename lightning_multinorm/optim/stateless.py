@@ -6,12 +6,12 @@ if each step normalises them, the many small pushes away from a rare token weigh
 it, and the model ends up expecting it too seldom. So the rules here take the root of an embedding's row norms, and clip
 only the long rows of a head, those of frequent tokens; short ones stay in proportion.
 
-As in `lightning_multinorm.sinkhorn`, no direction is formed as a whole. It is ``diag(r) G``, ``diag(r) G diag(c)`` or
-``diag(r) G S`` with vectors r, c and a small matrix S, G is read in blocks of rows, and only vectors (and S) travel
-between ranks. Directions have entries of RMS 1, and multiplying the gradient by a power of two changes no bit of them.
+As in `lightning_multinorm.sinkhorn`, no direction is formed as a whole. It is ``diag(r) G diag(c)`` with vectors r and
+c, G is read in blocks of rows, and only vectors travel between ranks. Directions have entries of RMS 1 (times the
+square root of the fraction of columns that are not zero, if columns are normalised), and multiplying the gradient by a
+power of two changes no bit of them.
 
-Legend: G gradient, W weight (m, n), m rows = tokens, n columns = features; r (m,), c (n,) scalings; S (n, n);
-X = diag(r) G.
+Legend: G gradient, W weight (m, n), m rows = tokens, n columns = features; r (m,), c (n,) scalings.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,25 +20,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_multinorm.layouts import FlatSlice, Piece, ShardedMatrix, cut, gather, is_dtensor, local, locate
+from lightning_multinorm.layouts import FlatSlice, Piece, ShardedMatrix, is_dtensor, local, locate
 from lightning_multinorm.norms import MaxNorm
 from lightning_multinorm.optim.normalized import subtract_
-from lightning_multinorm.optim.scalings import (
-    Rows,
-    column_scaling,
-    gram_of_columns,
-    place,
-    row_blocks,
-    row_scaling,
-    scaled_blocks,
-    to_rms_one,
-)
+from lightning_multinorm.optim.scalings import Rows, column_scaling, place, row_blocks, row_scaling
 from lightning_multinorm.rounding import lowbias32
-from lightning_multinorm.scaling import working_dtype
 from lightning_multinorm.sinkhorn.eager import apply_part_
 from lightning_multinorm.sinkhorn.sharded import Job
 from lightning_multinorm.views import View, as_matrices
-from lightning_multinorm.whitening import inverse_root, polar_newton_schulz
 
 
 class MatrixRule(NamedTuple):
@@ -46,28 +35,25 @@ class MatrixRule(NamedTuple):
 
     Attributes:
         rows: see `scalings.Rows`.
-        columns: "kept"; "normalized", to equal norms; or "whitened", to about equal norms and right angles.
+        columns: "kept", or "normalized" to equal norms.
     """
 
     rows: Rows
-    columns: Literal["kept", "normalized", "whitened"]
+    columns: Literal["kept", "normalized"]
 
 
 MATRIX_RULES: Mapping[str, MatrixRule] = {
     "row_root": MatrixRule("root", "kept"),
     "column": MatrixRule("kept", "normalized"),
     "clipped_column": MatrixRule("clipped", "normalized"),
-    "clipped_whitened": MatrixRule("clipped", "whitened"),
 }
 """row_root: rows divided by the square roots of their norms. column: columns normalised, as arXiv:2506.16659 (SCALE)
-does with the output head, but without its momentum. clipped_column: long rows clipped first. clipped_whitened: then
-whitened, by the Gram matrix of the columns and the Newton–Schulz iteration of arXiv:2412.13148 (k = 10, β = 0.8)."""
+does with the output head, but without its momentum. clipped_column: long rows clipped first, see `scalings.Rows`."""
 
 LR_SCALES: Mapping[str, float] = {
     "row_root": 1.0,
     "column": 0.5,
     "clipped_column": 0.5,
-    "clipped_whitened": 0.5,
     "sign": 0.125,
 }
 """Default "lr_scale" of each rule: the RMS change per entry and step, as a multiple of the learning rate. "sign" is for
@@ -101,12 +87,7 @@ def update_(
         rows, columns = MATRIX_RULES[group["rule"]]
         for i, matrix in enumerate(_matrices(parameter, parameter.grad, group["view"], slices.get(parameter))):
             job = Job(matrix, 0, lr, decay, None if seed is None else seed + i)
-            if columns != "whitened":
-                _apply_scaled_(job, rows, columns == "normalized", local(parameter))
-            elif matrix.row_groups or matrix.flat or matrix.shape[0] < matrix.shape[1]:
-                _apply_gathered_(job, rows, local(parameter))
-            else:
-                _apply_whitened_(job, rows, local(parameter))
+            _apply_(job, rows, columns, local(parameter))
 
 
 def _matrices(parameter: Tensor, gradient: Tensor, view: View, place: FlatSlice | None) -> list[ShardedMatrix]:
@@ -134,33 +115,12 @@ def _apply_sign_(W: Tensor, G: Tensor, lr: float | Tensor, weight_decay: float, 
         subtract_(W[rows], X, lr, weight_decay, _seed(seed, rows))
 
 
-def _apply_scaled_(job: Job, rows: Rows, normalized: bool, like: Tensor) -> None:
+def _apply_(job: Job, rows: Rows, columns: Literal["kept", "normalized"], like: Tensor) -> None:
     r = row_scaling(job.matrix, rows, like)
-    c = column_scaling(job.matrix, r) if normalized else r.new_ones(job.matrix.frame[1])
+    c = column_scaling(job.matrix, r) if columns == "normalized" else r.new_ones(job.matrix.frame[1])
     for piece, seed in zip(job.matrix.pieces, job.seeds(), strict=True):
         i, j = place(piece)
         apply_part_(piece.weight, piece.gradient, r[i], c[j], job.lr, job.weight_decay, seed)
-
-
-def _apply_whitened_(job: Job, rows: Rows, like: Tensor) -> None:
-    r = row_scaling(job.matrix, rows, like)
-    A = gram_of_columns(job.matrix, r)
-    S = inverse_root(A.clone())
-    S *= to_rms_one((S @ A * S).sum(), job.matrix.shape[0] * job.matrix.shape[1])  # S is symmetric, so this is ‖X S‖_F²
-    for piece, seed in zip(job.matrix.pieces, job.seeds(), strict=True):
-        for block, X in scaled_blocks(piece, r):
-            subtract_(piece.weight[block], X @ S, job.lr, job.weight_decay, _seed(seed, block))
-
-
-def _apply_gathered_(job: Job, rows: Rows, like: Tensor) -> None:
-    """The same with X formed as a whole, on every rank: of matrices wider than high, or whose rows are cut in parts."""
-    wide = like.new_empty(0, dtype=working_dtype(like))
-    X = gather(job.matrix, [piece.gradient.to(wide) for piece in job.matrix.pieces], wide)
-    X *= row_scaling(_alone(X, X), rows, like).unsqueeze(-1)
-    X = polar_newton_schulz(X)
-    X *= to_rms_one(X.square().sum(), X.numel())
-    for piece, part, seed in zip(job.matrix.pieces, cut(job.matrix, X), job.seeds(), strict=True):
-        subtract_(piece.weight, part, job.lr, job.weight_decay, seed)
 
 
 def _seed(seed: Tensor | None, block: slice) -> Tensor | None:

@@ -12,7 +12,6 @@ from lightning_multinorm.norms import RowNorm
 from lightning_multinorm.optim import routing_table, stateless
 from lightning_multinorm.optim.stateless import LR_SCALES, MATRIX_RULES
 from lightning_multinorm.sinkhorn import eager
-from lightning_multinorm.whitening import polar_newton_schulz
 
 from .models import Logits, TinyText, backward
 
@@ -50,8 +49,6 @@ def _reference(rule: str, G: Tensor) -> Tensor:
         X = X / (1 + (norms / (2 * norms.square().mean().sqrt())).square()).sqrt()
     if rule in ("column", "clipped_column"):
         return X / X.norm(dim=0) * len(X) ** 0.5
-    if rule == "clipped_whitened":
-        X = polar_newton_schulz(X / X.norm(), k=10, beta=0.8)
     return X / X.square().mean().sqrt()
 
 
@@ -66,8 +63,6 @@ def _skewed(*shape: int) -> Tensor:
 @pytest.mark.usefixtures("block")
 def test_equals_the_definition(rule: str, shape: tuple[int, int]) -> None:
     G = _skewed(*shape)
-    if rule == "clipped_whitened":
-        G = G.double()  # the iteration amplifies small singular values, and rounding in them
     assert_close(_step(rule, G).double(), _reference(rule, G), rtol=1e-5, atol=1e-5)
 
 
@@ -124,8 +119,7 @@ def test_rows_of_any_size_are_safe(rule: str) -> None:
     G[1] *= 1e-25
     update = _step(rule, G)
     assert update.isfinite().all()
-    if rule != "clipped_whitened":  # of one row that dwarfs the others, only rounding is left to whiten
-        assert_close(update.double(), _reference(rule, G.double()), rtol=2e-3, atol=1e-12)
+    assert_close(update.double(), _reference(rule, G.double()), rtol=2e-3, atol=1e-12)
 
 
 @pytest.mark.parametrize("rule", ["column", "clipped_column"])
@@ -141,7 +135,7 @@ def test_directions_have_rms_one_and_rare_rows_move_less(rule: str) -> None:
     update = _step(rule, G)
     assert_close(update.square().mean().sqrt().item(), 1.0, rtol=1e-4, atol=0)
     ratio = update[:10].norm(dim=1).mean() / update[10:].norm(dim=1).mean()
-    kept = {"column": 1e3, "row_root": 1e3**0.5, "clipped_column": 620, "clipped_whitened": 3.3}
+    kept = {"column": 1e3, "row_root": 1e3**0.5, "clipped_column": 620}
     assert kept[rule] / 1.4 < ratio < kept[rule] * 1.4
 
 
@@ -223,7 +217,7 @@ def test_policy_stateless_keeps_no_state_and_trains(optimizer: Any, model: Any) 
     torch.manual_seed(0)
     model = model()
     groups = parameter_groups(model, policy="stateless")
-    assert {group["rule"] for group in groups} == {"multinorm", "row_root", "clipped_whitened", "sign"}
+    assert {group["rule"] for group in groups} == {"multinorm", "row_root", "clipped_column", "sign"}
     chosen = optimizer(groups)
     losses = []
     for _ in range(30):
@@ -273,7 +267,7 @@ def test_routing_table_shows_the_rules() -> None:
     table = routing_table(parameter_groups(TinyText(), policy="stateless"))
     cells = {line.split()[0]: line.split()[1:] for line in table.splitlines()}
     assert cells["embedding.weight"] == ["13×12", "embedding", "row_root", "matrix"]
-    assert cells["lm_head.weight"] == ["13×8", "head", "clipped_whitened", "matrix"]
+    assert cells["lm_head.weight"] == ["13×8", "head", "clipped_column", "matrix"]
     assert cells["norm.weight"] == ["8", "norm", "sign"]
     assert "adam:" not in cells
 
