@@ -21,12 +21,15 @@ RESULTS = Path(__file__).parent / "results" / "stateless_policy.json"
 POLICIES: dict[str, str | dict[str, str]] = {
     "paper": "paper",
     "stateless": "stateless",
-    "stateless, head by SCALE's columns": {"embedding": "row_root", "head": "column", "norm": "sign", "bias": "sign"},
-    "stateless, head by roots of rows": {"embedding": "row_root", "head": "row_root", "norm": "sign", "bias": "sign"},
-    "stateless, head and embedding by Sinkhorn": {
-        "embedding": "multinorm", "head": "multinorm", "norm": "sign", "bias": "sign",
+    **{
+        f"stateless, {label}": {**rules, "norm": "sign", "bias": "sign"}
+        for label, rules in {
+            "head by column": {"embedding": "row_power", "head": "column"},
+            "head by row_power": {"embedding": "row_power", "head": "row_power"},
+            "both by Sinkhorn": {"embedding": "multinorm", "head": "multinorm"},
+        }.items()
     },
-}  # fmt: skip
+}
 
 
 def run_policy(name: str, seed: int, settings: list[str]) -> dict[str, Any]:

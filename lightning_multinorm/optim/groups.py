@@ -15,7 +15,7 @@ from lightning_multinorm.optim.routing import Kind, Route, route_by_name, route_
 from lightning_multinorm.optim.stateless import MATRIX_RULES
 from lightning_multinorm.views import check_view
 
-Rule = Literal["multinorm", "adam", "row_root", "column", "clipped_column", "sign"]
+Rule = Literal["multinorm", "adam", "row_power", "column", "clipped_column", "sign"]
 """multinorm: the optimizer's own. adam: the only one with state. The others, without state: see `stateless`."""
 Policy = Literal["paper", "stateless"] | Mapping[Kind, Rule]
 Group = dict[str, Any]
@@ -31,7 +31,7 @@ PAPER: Mapping[Kind, Rule] = {
 
 STATELESS: Mapping[Kind, Rule] = {
     "matrix": "multinorm",
-    "embedding": "row_root",
+    "embedding": "row_power",
     "head": "clipped_column",
     "norm": "sign",
     "bias": "sign",
@@ -56,7 +56,7 @@ def parameter_groups(
         model: any module; parameters are told apart by the modules that own them, see `routing.route_model`.
         policy: the rule of each kind of parameter: "paper" (default: matrices "multinorm", all else "adam"),
             "stateless" (no parameter keeps optimizer state) or a mapping that changes the rule of some kinds of the
-            papers' policy, such as ``{"embedding": "row_root"}``.
+            papers' policy, such as ``{"embedding": "row_power"}``.
         overrides: regular expressions, searched for in the parameters' names, to rules; the first that matches wins
             over the policy.
         split_qkv: normalise the packed q, k and v of `torch.nn.MultiheadAttention` each for itself (default), as the

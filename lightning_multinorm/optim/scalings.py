@@ -18,11 +18,12 @@ from lightning_multinorm.layouts import Groups, Piece, ShardedMatrix
 from lightning_multinorm.scaling import inverse_power_of_two, working_dtype
 from lightning_multinorm.sinkhorn.eager import block_size
 
-Rows = Literal["kept", "root", "clipped"]
-"""What becomes of a row's norm N. kept: N. root: √N. clipped: N / √(1 + (N / K)²), which for N much smaller than the
-knee K is N, and K for much larger ones; K is `KNEE` times the root mean square of the norms of rows that are not
-zero."""
+Rows = Literal["kept", "powered", "clipped"]
+"""What becomes of a row's norm N. kept: N. powered: N^`EXPONENT`. clipped: N / √(1 + (N / K)²), which for N much
+smaller than the knee K is N, and K for much larger ones; K is `KNEE` times the root mean square of the norms of rows
+that are not zero."""
 
+EXPONENT = 0.25
 KNEE = 2.0
 _NO_ROW = 10_000  # exponent of a row that is zero, beyond any other
 
@@ -36,20 +37,16 @@ def row_scaling(matrix: ShardedMatrix, rows: Rows, like: Tensor) -> Tensor:
     a, norms, exponent = _row_norms(matrix, like)
     found = norms > 0
     norms = torch.where(found, norms, 1)
-    if rows == "root":
-        # In two factors, since 2^-e may be below the range where 2^-e a_i is not.
-        quarter = torch.where(found, torch.exp2(exponent * -0.25), 0)
-        weights = norms.sqrt() * quarter * quarter
-        r = norms.rsqrt() * a * quarter * quarter
-    else:
-        half = torch.exp2(exponent * -0.5)
-        weights = torch.where(found, norms * half * half, 0)
-        r = torch.where(found, a * half * half, 0)
-        if rows == "clipped":
-            count, total = _all_reduce(found.sum().to(a.dtype), matrix.row_frames), _sum(weights, matrix)
-            squared_knee = KNEE**2 * total / count.clamp(min=1)
-            clip = torch.rsqrt(1 + weights.square() / torch.where(total > 0, squared_knee, 1))
-            weights, r = weights * clip, r * clip
+    power = EXPONENT if rows == "powered" else 1.0
+    # In two factors, since 2^-e may be below the range where 2^-e a_i is not.
+    half = torch.where(found, torch.exp2(exponent * (-power / 2)), 0)
+    weights = norms.pow(power) * half * half
+    r = norms.pow(power - 1) * a * half * half
+    if rows == "clipped":
+        count, total = _all_reduce(found.sum().to(a.dtype), matrix.row_frames), _sum(weights, matrix)
+        squared_knee = KNEE**2 * total / count.clamp(min=1)
+        clip = torch.rsqrt(1 + weights.square() / torch.where(total > 0, squared_knee, 1))
+        weights, r = weights * clip, r * clip
     squared = _sum(weights, matrix)
     return r * torch.where(squared > 0, (matrix.shape[0] * matrix.shape[1] / squared).sqrt(), 0)
 

@@ -3,7 +3,7 @@
 SR-Sinkhorn fits neither embedding nor head. In an embedding's gradient the rows of tokens that the batch lacks are
 zero: with k of m rows active it makes these √(m/k) too large. In a head's, all rows have a gradient in every step, and
 if each step normalises them, the many small pushes away from a rare token weigh as much as the few large ones towards
-it, and the model ends up expecting it too seldom. So the rules here take the root of an embedding's row norms, and clip
+it, and the model ends up expecting it too seldom. So the rules here take a root of an embedding's row norms, and clip
 only the long rows of a head, those of frequent tokens; short ones stay in proportion.
 
 As in `lightning_multinorm.sinkhorn`, no direction is formed as a whole. It is ``diag(r) G diag(c)`` with vectors r and
@@ -43,18 +43,18 @@ class MatrixRule(NamedTuple):
 
 
 MATRIX_RULES: Mapping[str, MatrixRule] = {
-    "row_root": MatrixRule("root", "kept"),
+    "row_power": MatrixRule("powered", "kept"),
     "column": MatrixRule("kept", "normalized"),
     "clipped_column": MatrixRule("clipped", "normalized"),
 }
-"""row_root: rows divided by the square roots of their norms. column: columns normalised, as arXiv:2506.16659 (SCALE)
-does with the output head, but without its momentum. clipped_column: long rows clipped first, see `scalings.Rows`."""
+"""row_power: rows keep the fourth roots of their norms. column: columns normalised, as arXiv:2506.16659 (SCALE) does with
+the output head, but without its momentum. clipped_column: long rows clipped first. See `scalings.Rows`."""
 
 LR_SCALES: Mapping[str, float] = {
-    "row_root": 1.0,
+    "row_power": 1.0,
     "column": 0.5,
     "clipped_column": 0.5,
-    "sign": 0.125,
+    "sign": 0.5,
 }
 """Default "lr_scale" of each rule: the RMS change per entry and step, as a multiple of the learning rate. "sign" is for
 vectors, and the only rule here that takes them: every entry changes by as much."""
