@@ -9,10 +9,11 @@ import pytest
 import torch
 import yaml
 
-from lightning_multinorm import SWAN, MultiNormGD, SinkGD
+from lightning_multinorm import SWAN, MultiNormGD, SinkGD, parameter_groups
 from lightning_multinorm.cli import MultiNormCLI, PlanningTrainer
 from lightning_multinorm.configurations import CONFIGS, find_config, packaged_configs, resolve_configs
 from lightning_multinorm.errors import UsageError
+from lightning_multinorm.optim.groups import STATELESS
 from lightning_multinorm.optim.routing import route_model
 from lightning_multinorm.schedules import WarmupCosine
 
@@ -33,6 +34,7 @@ OPTIMIZERS = {
     "sinkgd": SinkGD,
     "swan": SWAN,
     "multinorm": MultiNormGD,
+    "stateless": SinkGD,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
@@ -98,6 +100,24 @@ def test_overlays_lie_over_any_whole_configuration(overlay: str, build: Any) -> 
         assert type(optimizer) is OPTIMIZERS[name]
         written = yaml.safe_load((CONFIGS / overlay).read_text())["model"]["optimizer"]["init_args"]
         assert optimizer.defaults["lr"] == written["lr"]
+
+
+@pytest.mark.parametrize(
+    "configs", [("optimizer/stateless.yaml",), ("optimizer/swan.yaml", "--model.policy", "stateless")], ids=str
+)
+def test_stateless_policy_leaves_no_adam(configs: tuple[str, ...], build: Any) -> None:
+    names = [name for name in configs if name.endswith(".yaml")]
+    cli = build("llama60m.yaml", *names, options=configs[len(names) :])
+    optimizer = cli.model.optimizer(parameter_groups(cli.model, policy=cli.model.policy))
+    rules = {group["name"]: group["rule"] for group in optimizer.param_groups}
+    assert rules == {kind: rule for kind, rule in STATELESS.items() if kind in rules}
+    assert rules.keys() == {"matrix", "embedding", "head", "norm"}
+
+
+def test_policy_may_be_a_mapping(build: Any) -> None:
+    cli = build("llama60m.yaml", options=("--model.policy", '{"head": "column"}'))
+    rules = {group["name"]: group["rule"] for group in parameter_groups(cli.model, policy=cli.model.policy)}
+    assert rules == {"matrix": "multinorm", "embedding": "adam", "head": "column", "norm": "adam"}
 
 
 def test_quickstart_needs_no_network(build: Any) -> None:

@@ -44,6 +44,8 @@ FLOORS = {
     "optim.gram": 7,
     "optim.fallback": 7,
     "optim.hyperparameters": 7,
+    "optim.scalings": 7,
+    "optim.stateless": 7,
     "optim.groups": 8,
     "optim.base": 9,
     "optim.release": 10,

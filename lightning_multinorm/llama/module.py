@@ -20,7 +20,7 @@ from lightning_multinorm.llama.parallel import build_llama
 from lightning_multinorm.llama.sizes import Size, config_fields, llama_config
 from lightning_multinorm.optim import SinkGD, parameter_groups
 from lightning_multinorm.optim.base import MultiNormOptimizer
-from lightning_multinorm.optim.groups import Rule
+from lightning_multinorm.optim.groups import Policy, Rule
 from lightning_multinorm.optim.hyperparameters import hyperparameters, restore_hyperparameters
 from lightning_multinorm.optim.release import release_gradients
 from lightning_multinorm.schedules import WarmupCosine, WarmupSchedule
@@ -53,7 +53,9 @@ class LlamaPretraining(LightningModule):
         optimizer: called with parameter groups; by class path in YAML.
         scheduler: called with the optimizer, stepped after every optimizer step; null for a constant rate. A
             `WarmupSchedule` without total_steps gets the trainer's.
-        rules: regular expressions on parameter names to rules ("multinorm", "adam"), before the papers' policy; first
+        policy: which rule updates which kind of parameter: "paper" (default), "stateless" (no parameter keeps
+            optimizer state) or a mapping of kinds to rules; see `parameter_groups`.
+        rules: regular expressions on parameter names to rules ("multinorm", "adam", ...), before the policy; first
             match wins.
         activation_checkpointing: keep only the inputs of blocks for the backward pass, and compute the rest again:
             much less memory for a third more work. Default: False.
@@ -70,6 +72,7 @@ class LlamaPretraining(LightningModule):
         config: dict[str, Any] | None = None,
         optimizer: OptimizerCallable = SinkGD,
         scheduler: LRSchedulerCallable | None = WarmupCosine,
+        policy: Policy = "paper",
         rules: dict[str, Rule] | None = None,
         activation_checkpointing: bool = False,
         gradient_release: bool = False,
@@ -79,6 +82,7 @@ class LlamaPretraining(LightningModule):
         self.llama_config = llama_config(size, config)
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.policy = policy
         self.rules = rules
         self.activation_checkpointing = activation_checkpointing
         self.gradient_release = gradient_release
@@ -165,12 +169,12 @@ class LlamaPretraining(LightningModule):
         }
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer on the papers' parameter groups, and its schedule, counted in steps."""
+        """The optimizer on the policy's parameter groups, and its schedule, counted in steps."""
         trainer = self._trainer
         model: Any = self
         if trainer is not None and is_flat(trainer):  # only the outermost wrapper knows what its own slices are
             model = trainer.strategy.model
-        optimizer = self.optimizer(parameter_groups(model, overrides=self.rules))
+        optimizer = self.optimizer(parameter_groups(model, policy=self.policy, overrides=self.rules))
         replicated = trainer is not None and isinstance(trainer.strategy, DDPStrategy)
         if replicated and isinstance(optimizer, MultiNormOptimizer):
             optimizer.replicas = torch.distributed.group.WORLD

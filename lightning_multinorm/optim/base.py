@@ -15,6 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_multinorm.alternating import Trace
 from lightning_multinorm.layouts import FlatSlice, is_dtensor, local, locate
+from lightning_multinorm.optim import stateless
 from lightning_multinorm.optim.checks import check_gradient, check_hyperparameters, check_parameter
 from lightning_multinorm.optim.fallback import adam_
 from lightning_multinorm.optim.groups import Group, resolve
@@ -30,9 +31,9 @@ Observer = Callable[[Tensor, Trace], None]
 class MultiNormOptimizer(Optimizer):
     """Base of the family: one optimizer that multi-normalises matrices, without state, and runs Adam on the rest.
 
-    Group keys beside ``params``: "rule" ("multinorm" or "adam"), "view" (how a parameter lies as a matrix), "name",
-    "lr", "lr_scale", "weight_decay" and "stochastic_rounding". The effective learning rate is ``lr · lr_scale``, so
-    every scheduler of torch works unchanged.
+    Group keys beside ``params``: "rule" ("multinorm", "adam" or a rule of `stateless`), "view" (how a parameter lies
+    as a matrix), "name", "lr", "lr_scale", "weight_decay" and "stochastic_rounding". The effective learning rate is
+    ``lr · lr_scale``, so every scheduler of torch works unchanged.
 
     Parameters may be whole (on one device, or on every rank of DDP), DTensors on any mesh (FSDP2, HSDP, tensor
     parallelism), or FSDP1's slices; with sharded ones ``step`` is a collective call.
@@ -64,7 +65,7 @@ class MultiNormOptimizer(Optimizer):
         self.replicas: dist.ProcessGroup | None = None
         self._slices: dict[Tensor, FlatSlice] = {}
         self._numbers: dict[Tensor, int] = {}
-        self._lr_scales = {"multinorm": matrix_lr_scale, "adam": fallback_lr_scale}
+        self._lr_scales = {"multinorm": matrix_lr_scale, "adam": fallback_lr_scale, **stateless.LR_SCALES}
         self._nameless = False
         super().__init__(params, defaults)
         if self._nameless:
@@ -95,7 +96,7 @@ class MultiNormOptimizer(Optimizer):
             for entry in part["params"]:
                 name, parameter = entry if isinstance(entry, tuple) else ("a parameter", entry)
                 check_parameter(owner, name, parameter, located=parameter in slices)
-                if part["rule"] == "multinorm":
+                if part["rule"] == "multinorm" or part["rule"] in stateless.MATRIX_RULES:
                     check_view(slices[parameter].shape if parameter in slices else parameter.shape, part["view"])
             super().add_param_group(part)
         self._numbers = {}
@@ -148,6 +149,10 @@ class MultiNormOptimizer(Optimizer):
         for group, parameters in work:
             if group["rule"] == "adam":
                 adam_(parameters, self.state, group, group["lr"] * group["lr_scale"], self._seeds(group, parameters))
+                continue
+            if group["rule"] in stateless.LR_SCALES:
+                seeds = self._seeds(group, parameters)
+                stateless.update_(parameters, group, group["lr"] * group["lr_scale"], seeds, self._slices)
                 continue
             whole = [p for p in parameters if not (is_dtensor(p) or p in self._slices)]
             self._step_whole(whole, group)
@@ -245,7 +250,7 @@ class MultiNormOptimizer(Optimizer):
             for p in (p for batch in alike.values() for p in batch):
                 self._numbers[p] = count
                 shape = self._slices[p].shape if p in self._slices else p.shape
-                count += matrix_count(shape, group["view"]) if group["rule"] == "multinorm" else 1
+                count += matrix_count(shape, group["view"]) if group["rule"] not in ("adam", "sign") else 1
 
     @abstractmethod
     def _update_(

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from lightning_multinorm.layouts import FlatSlice, clean, flat_slices
 from lightning_multinorm.optim.routing import Kind, Route, route_by_name, route_by_shape, route_model
+from lightning_multinorm.optim.stateless import MATRIX_RULES
 from lightning_multinorm.views import check_view
 
-Rule = Literal["multinorm", "adam"]
+Rule = Literal["multinorm", "adam", "row_power", "column", "clipped_column", "sign"]
+"""multinorm: the optimizer's own. adam: the only one with state. The others, without state: see `stateless`."""
+Policy = Literal["paper", "stateless"] | Mapping[Kind, Rule]
 Group = dict[str, Any]
 
 PAPER: Mapping[Kind, Rule] = {
@@ -26,11 +29,24 @@ PAPER: Mapping[Kind, Rule] = {
 }
 """The papers' policy: multi-normalise the matrices of attention and MLP, Adam for everything else."""
 
+STATELESS: Mapping[Kind, Rule] = {
+    "matrix": "multinorm",
+    "embedding": "row_power",
+    "head": "clipped_column",
+    "norm": "sign",
+    "bias": "sign",
+}
+"""No parameter keeps optimizer state. The rules and their learning rates are those that did best in
+``benchmarks/results/stateless_policy.json``."""
+
+_POLICIES = {"paper": PAPER, "stateless": STATELESS}
+_MATRIX_RULES = ("multinorm", *MATRIX_RULES)
+
 
 def parameter_groups(
     model: nn.Module,
     *,
-    policy: Literal["paper"] | Mapping[Kind, Rule] = "paper",
+    policy: Policy = "paper",
     overrides: Mapping[str, Rule] | None = None,
     split_qkv: bool = True,
 ) -> list[Group]:
@@ -38,8 +54,9 @@ def parameter_groups(
 
     Args:
         model: any module; parameters are told apart by the modules that own them, see `routing.route_model`.
-        policy: the rule of each kind of parameter: "paper" (default: matrices "multinorm", all else "adam") or a
-            mapping that changes the rule of some kinds, such as ``{"embedding": "multinorm"}``.
+        policy: the rule of each kind of parameter: "paper" (default: matrices "multinorm", all else "adam"),
+            "stateless" (no parameter keeps optimizer state) or a mapping that changes the rule of some kinds of the
+            papers' policy, such as ``{"embedding": "row_power"}``.
         overrides: regular expressions, searched for in the parameters' names, to rules; the first that matches wins
             over the policy.
         split_qkv: normalise the packed q, k and v of `torch.nn.MultiheadAttention` each for itself (default), as the
@@ -51,7 +68,7 @@ def parameter_groups(
 
     Raises:
         ValueError: for an unknown kind or rule, an override that matches nothing, or a vector that is to be
-            multi-normalised.
+            normalised as a matrix.
     """
     rules = _rules(policy)
     overrides = overrides or {}
@@ -107,9 +124,8 @@ def routing_table(groups: Iterable[Group]) -> str:
     for group in groups:
         for name, parameter in _named(group):
             shape = "×".join(map(str, parameter.shape))
-            rows.append(
-                (name, shape, group.get("name", ""), group["rule"], group["view"] if group["rule"] != "adam" else "")
-            )
+            view = group["view"] if group["rule"] in _MATRIX_RULES else ""
+            rows.append((name, shape, group.get("name", ""), group["rule"], view))
             totals[group["rule"]] = totals.get(group["rule"], 0) + parameter.numel()
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -132,25 +148,30 @@ def _add(
     default: Rule,
     place: FlatSlice | None = None,
 ) -> Group:
-    view = route.view if rule == "multinorm" else "matrix"
+    view = route.view if rule in _MATRIX_RULES else "matrix"
     label = route.kind if view == "matrix" else f"{route.kind}-{view}"
     if rule != default:
         label += f"-{rule}"
-    if rule == "multinorm":
+    if rule in _MATRIX_RULES:
         try:
             check_view(parameter.shape if place is None else place.shape, route.view)
         except ValueError as error:
-            raise ValueError(f"{name or 'a parameter'} cannot be multi-normalised: {error}; give it 'adam'") from None
+            verb = "multi-normalised" if rule == "multinorm" else f"updated by {rule!r}"
+            raise ValueError(
+                f"{name or 'a parameter'} cannot be {verb}: {error}; give it 'adam', or 'sign', which needs no state"
+            ) from None
     group = groups.setdefault(label, {"name": label, "rule": rule, "view": view, "params": []})
     group["params"].append(parameter if name is None else (name, parameter))
     return group
 
 
-def _rules(policy: Literal["paper"] | Mapping[Kind, Rule]) -> dict[Kind, Rule]:
+def _rules(policy: Policy) -> dict[Kind, Rule]:
     if isinstance(policy, str):
-        if policy != "paper":
-            raise ValueError(f"policy={policy!r} is unknown; use 'paper' or a mapping of kinds to rules")
-        policy = {}
+        if policy not in _POLICIES:
+            raise ValueError(
+                f"policy={policy!r} is unknown; use {', '.join(map(repr, _POLICIES))} or a mapping of kinds to rules"
+            )
+        return dict(_POLICIES[policy])
     for kind, rule in policy.items():
         if kind not in get_args(Kind) or rule not in get_args(Rule):
             raise ValueError(

@@ -1,10 +1,10 @@
-"""Sharded updates against whole ones, on 2, 3 and 4 processes: single matrices (`shards`), a real LLaMA (`models`)."""
+"""Sharded updates against whole ones, on 2 to 4 processes: matrices (`shards`, `stateless`), a LLaMA (`models`)."""
 
 import pytest
 
 from tests.distributed import world
 
-MODULES, SIZES = ("shards", "models"), (2, 3, 4)
+MODULES, SIZES = ("shards", "stateless", "models"), (2, 3, 4)
 _CHECKS = [(module, size, name) for module in MODULES for size in SIZES for name in world.names(module, size)]
 Failures = dict[tuple[str, int], dict[str, str]]
 

@@ -60,7 +60,9 @@ def test_accumulated_gradients_are_kept_until_the_step(tmp_path: Path) -> None:
     assert [bool(count) for count in gradients.after_step] == [True, False, True, False]
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty", "ignore:.*dataloader is not resumable")
+@pytest.mark.filterwarnings(
+    "ignore:Checkpoint directory .* exists and is not empty", "ignore:.*dataloader is not resumable"
+)
 def test_a_released_run_resumes(tmp_path: Path) -> None:
     def saving() -> dict[str, Any]:
         checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)

@@ -1,0 +1,121 @@
+"""Scalings of the rows and columns of a gradient that may be spread over ranks, for the rules in `stateless`.
+
+G is read in blocks of rows; nothing of its size is allocated, and only vectors travel between ranks. As powers of two
+are taken out first, no square leaves the range, and multiplying G by a power of two changes no bit of ``diag(r) G``.
+
+Legend: G gradient (m, n), m rows = tokens, n columns = features; N_i norm of row i; r (m,), c (n,) scalings; a, b
+powers of two. Vectors are those of this rank's frame of the matrix, see `lightning_multinorm.layouts`.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_multinorm.layouts import Groups, Piece, ShardedMatrix
+from lightning_multinorm.scaling import inverse_power_of_two, working_dtype
+from lightning_multinorm.sinkhorn.eager import block_size
+
+Rows = Literal["kept", "powered", "clipped"]
+"""What becomes of a row's norm N. kept: N. powered: N^`EXPONENT`. clipped: N / √(1 + (N / K)²), which for N much
+smaller than the knee K is N, and K for much larger ones; K is `KNEE` times the root mean square of the norms of rows
+that are not zero."""
+
+EXPONENT = 0.25
+KNEE = 2.0
+_NO_ROW = 10_000  # exponent of a row that is zero, beyond any other
+
+
+def row_scaling(matrix: ShardedMatrix, rows: Rows, like: Tensor) -> Tensor:
+    """r for the frame's rows: ``diag(r) G`` has rows of the norms that ``rows`` says, times what makes its RMS 1.
+
+    With a_i N_i = s_i in [1/2, √n) and a_i = 2^e a_0, a_0 of the row with the largest entry, N_i is s_i 2^-e in units
+    of 1 / a_0, and no square of a small row is lost beside a large one.
+    """
+    a, norms, exponent = _row_norms(matrix, like)
+    found = norms > 0
+    norms = torch.where(found, norms, 1)
+    power = EXPONENT if rows == "powered" else 1.0
+    # In two factors, since 2^-e may be below the range where 2^-e a_i is not.
+    half = torch.where(found, torch.exp2(exponent * (-power / 2)), 0)
+    weights = norms.pow(power) * half * half
+    r = norms.pow(power - 1) * a * half * half
+    if rows == "clipped":
+        count, total = _all_reduce(found.sum().to(a.dtype), matrix.row_frames), _sum(weights, matrix)
+        squared_knee = KNEE**2 * total / count.clamp(min=1)
+        clip = torch.rsqrt(1 + weights.square() / torch.where(total > 0, squared_knee, 1))
+        weights, r = weights * clip, r * clip
+    squared = _sum(weights, matrix)
+    return r * torch.where(squared > 0, (matrix.shape[0] * matrix.shape[1] / squared).sqrt(), 0)
+
+
+def column_scaling(matrix: ShardedMatrix, r: Tensor) -> Tensor:
+    """c for the frame's columns: the columns of ``diag(r) G diag(c)`` have norm √m."""
+    largest, squares = (r.new_zeros(matrix.frame[1]) for _ in range(2))
+    for piece in matrix.pieces:
+        _, columns = place(piece)
+        for _, X in _scaled_blocks(piece, r):
+            largest[columns] = torch.maximum(largest[columns], torch.linalg.vector_norm(X, float("inf"), dim=0))
+    b = inverse_power_of_two(_all_reduce(largest, matrix.column_groups, dist.ReduceOp.MAX))
+    for piece in matrix.pieces:
+        _, columns = place(piece)
+        for _, X in _scaled_blocks(piece, r):
+            squares[columns] += X.mul_(b[columns]).square_().sum(0)
+    _all_reduce(squares, matrix.column_groups)
+    return torch.where(squares > 0, b * matrix.shape[0] ** 0.5 / torch.where(squares > 0, squares, 1).sqrt(), 0)
+
+
+def _scaled_blocks(piece: Piece, scaling: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """diag(scaling) G, a block of rows after another, in a buffer that the caller may spoil."""
+    rows, _ = place(piece)
+    buffer = None
+    for block in row_blocks(piece.gradient):
+        G = piece.gradient[block]
+        buffer = scaling.new_empty(G.shape) if buffer is None else buffer[: len(G)]
+        yield block, torch.mul(G, scaling[rows][block].unsqueeze(-1), out=buffer)
+
+
+def row_blocks(G: Tensor) -> Iterator[slice]:
+    """Slices of the first dimension, each of about a block of entries."""
+    step = max(1, block_size(G) // max(1, G.numel() // max(1, len(G))))
+    for i in range(0, len(G), step):
+        yield slice(i, min(i + step, len(G)))
+
+
+def place(piece: Piece) -> tuple[slice, slice]:
+    """The piece's rows and columns in the frame."""
+    rows, columns = piece.gradient.shape
+    return slice(piece.row, piece.row + rows), slice(piece.column, piece.column + columns)
+
+
+def _row_norms(matrix: ShardedMatrix, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a, a_i N_i, and the exponents e of a_i = 2^e a_0; zero rows have the exponent of no row."""
+    largest, squares = (torch.zeros(matrix.frame[0], dtype=working_dtype(like), device=like.device) for _ in range(2))
+    for piece in matrix.pieces:
+        rows, _ = place(piece)
+        for block in row_blocks(piece.gradient):
+            found = torch.linalg.vector_norm(piece.gradient[block], float("inf"), dim=-1).to(largest.dtype)
+            largest[rows][block] = torch.maximum(largest[rows][block], found)
+    a = inverse_power_of_two(_all_reduce(largest, matrix.row_groups, dist.ReduceOp.MAX))
+    for piece in matrix.pieces:
+        rows, _ = place(piece)
+        for block, X in _scaled_blocks(piece, a):
+            squares[rows][block] += X.square_().sum(-1)
+    _all_reduce(squares, matrix.row_groups)
+    exponent = torch.where(largest > 0, torch.frexp(a).exponent, _NO_ROW)
+    smallest = exponent.amin() if len(exponent) else exponent.new_full((), _NO_ROW)
+    _all_reduce(smallest, matrix.row_frames, dist.ReduceOp.MIN)
+    return a, squares.sqrt(), (exponent - smallest).to(a.dtype)
+
+
+def _sum(weights: Tensor, matrix: ShardedMatrix) -> Tensor:
+    """Sum of squares over all rows of the matrix."""
+    return _all_reduce(weights.square().sum(), matrix.row_frames)
+
+
+def _all_reduce(tensor: Tensor, groups: Groups, op: Any = None) -> Tensor:
+    for group in groups:
+        dist.all_reduce(tensor, op=op or dist.ReduceOp.SUM, group=group)
+    return tensor
