@@ -30,7 +30,12 @@ from lightning_multinorm import SWAN, LlamaPretraining, SinkGD, parameter_groups
 from lightning_multinorm.planning import MicroBatch, Plan, Precision, plan
 
 RESULTS = Path(__file__).parent / "results"
-OPTIMIZERS = {"sinkgd": SinkGD, "adamw": partial(torch.optim.AdamW, fused=True), "swan": SWAN}
+OPTIMIZERS = {
+    "sinkgd": SinkGD,
+    "adamw": partial(torch.optim.AdamW, fused=True),
+    "swan": SWAN,
+    "stateless-released": SinkGD,  # policy stateless, gradients released inside the backward pass
+}
 TINY = {
     "vocab_size": 4096,
     "hidden_size": 256,
@@ -43,8 +48,10 @@ STEPS = 3
 
 def module(model: str, optimizer: str) -> LlamaPretraining:
     """One of the papers' sizes, or a small model."""
-    size, config = (None, TINY) if model == "tiny" else (model, {})
-    return LlamaPretraining(size=size, config=config, optimizer=OPTIMIZERS[optimizer], scheduler=None)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"size": None, "config": TINY} if model == "tiny" else {"size": model}
+    if optimizer == "stateless-released":
+        options |= {"policy": "stateless", "gradient_release": True}
+    return LlamaPretraining(optimizer=OPTIMIZERS[optimizer], scheduler=None, **options)  # type: ignore[arg-type]
 
 
 def measure(model: str, optimizer: str, batch: MicroBatch, precision: str) -> int:
@@ -75,16 +82,23 @@ def planned(model: str, optimizer: str, batch: MicroBatch, precision: str) -> Pl
     lightning_module = module(model, optimizer)
     with torch.device("meta"):
         lightning_module.configure_model()
-    groups = parameter_groups(lightning_module)
+    groups = parameter_groups(lightning_module, policy=lightning_module.policy)
     config = lightning_module.llama_config
     numbers = Precision.named(precision)
-    return plan(lightning_module, config, groups, [OPTIMIZERS[optimizer]], batch, numbers, device="cpu")
+    make, released = [OPTIMIZERS[optimizer]], lightning_module.gradient_release
+    return plan(lightning_module, config, groups, make, batch, numbers, device="cpu", released=released)
 
 
 def compare(model: str, optimizer: str, batch: MicroBatch, precision: str) -> dict[str, Any]:
     """A row of the table."""
-    [of_optimizer] = planned(model, optimizer, batch, precision).optimizers
+    run = planned(model, optimizer, batch, precision)
+    [of_optimizer] = run.optimizers
     peak, measured = of_optimizer.peak, measure(model, optimizer, batch, precision)
+    largest = run.shape.vocabulary * run.shape.hidden * run.precision.weights.itemsize
+    over = {
+        "largest_gradient_bytes": largest,
+        "measured_over_weights_and_activations": measured - peak.weights - peak.activations - peak.logits,
+    }
     return {
         "model": model,
         "optimizer": optimizer,
@@ -94,6 +108,7 @@ def compare(model: str, optimizer: str, batch: MicroBatch, precision: str) -> di
         "measured_bytes": measured,
         "deviation": round(peak.total / measured - 1, 4),
         "moment": peak.name,
+        **over,
         "parts": {name: size for name, size in asdict(peak).items() if name != "name" and size},
     }
 
@@ -121,11 +136,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["tiny", "60m"], help="tiny, or a size of the papers")
     parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-true", "bf16-mixed"])
-    parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=["sinkgd", "adamw"])
+    parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=["sinkgd", "adamw", "stateless-released"])
     parser.add_argument(
         "--batch",
         nargs="+",
-        default=["4x256", "4x256x2", "1x16x2"],
+        default=["4x256", "4x256x2", "1x16x2", "1x16"],
         help="sequences x tokens [x micro-batches of a step]; large ones peak at the loss, small ones elsewhere",
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -138,7 +153,9 @@ def main() -> None:
         for batch in options.batch:
             for precision in options.precision:
                 for optimizer in options.optimizer:
-                    rows.append(compare(model, optimizer, MicroBatch(*map(int, batch.split("x"))), precision))
+                    size = MicroBatch(*map(int, batch.split("x")))
+                    if size.accumulate == 1 or optimizer != "stateless-released":
+                        rows.append(compare(model, optimizer, size, precision))
         Console().print(table(rows))
         options.out.mkdir(parents=True, exist_ok=True)
         result = {"machine": describe(), "steps": STEPS, "runs": rows}
