@@ -47,8 +47,8 @@ MATRIX_RULES: Mapping[str, MatrixRule] = {
     "column": MatrixRule("kept", "normalized"),
     "clipped_column": MatrixRule("clipped", "normalized"),
 }
-"""row_power: rows keep the fourth roots of their norms. column: columns normalised, as arXiv:2506.16659 (SCALE) does with
-the output head, but without its momentum. clipped_column: long rows clipped first. See `scalings.Rows`."""
+"""row_power: rows keep the fourth roots of their norms. column: columns normalised, as arXiv:2506.16659 (SCALE) does
+with the output head, but without its momentum. clipped_column: long rows clipped first. See `scalings.Rows`."""
 
 LR_SCALES: Mapping[str, float] = {
     "row_power": 1.0,
