@@ -4,7 +4,7 @@
 
 Each run is the real command in a process of its own, one at a time. Prints a table, and writes "runs" into
 ``benchmarks/results/stateless_policy.json``, whose "screening" (what was tried on the way, by the same model and data
-without Lightning around it) it keeps.
+without Lightning around it) and runs of other policies and seeds it keeps.
 """
 
 import argparse
@@ -48,14 +48,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
-    runs = []
-    for seed in options.seeds:
-        for name in options.only:
-            runs.append(run_policy(name, seed, options.set))
-            print(f"{name}, seed {seed}: {runs[-1]['loss']:.4f} nats/token, {runs[-1]['seconds']} s")
-            options.out.parent.mkdir(exist_ok=True)
-            result = {**kept, "machine": describe(), "settings": options.set, "runs": runs}
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    plan = [(name, seed) for seed in options.seeds for name in options.only]
+    earlier = kept.get("runs", []) if kept.get("settings") == options.set else []
+    runs = [result for result in earlier if (result["optimizer"], result["seed"]) not in plan]
+    for name, seed in plan:
+        runs.append(run_policy(name, seed, options.set))
+        print(f"{name}, seed {seed}: {runs[-1]['loss']:.4f} nats/token, {runs[-1]['seconds']} s")
+        options.out.parent.mkdir(exist_ok=True)
+        result = {**kept, "machine": describe(), "settings": options.set, "runs": runs}
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
     Console().print(table(runs))
 
 
