@@ -42,6 +42,7 @@ FLOORS = {
     "optim.checks": 7,
     "optim.normalized": 7,
     "optim.gram": 7,
+    "optim.cpu_adam": 6,
     "optim.fallback": 7,
     "optim.hyperparameters": 7,
     "optim.scalings": 7,

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from lightning_multinorm.layouts import local
-from lightning_multinorm.rounding import lowbias32, round_to_bfloat16
+from lightning_multinorm.rounding import key, lowbias32, round_to_bfloat16
+from lightning_multinorm.sinkhorn.select import has_numba
 
 ROUNDED_BYTES = 64
 """Temporary memory of a stochastically rounded step, for each entry of a block."""
 _ROUNDED_CPU, _ROUNDED_ACCELERATOR = 2**15, 2**21
+_SECOND = 0x9E3779B9  # tells the noise of the second moment from the weight's
 _FUSED = ("cpu", "cuda")
 
 
@@ -81,19 +83,30 @@ def _rounded_adam_(parameter: Tensor, state: dict[str, Any], group: dict[str, An
     step, (beta1, beta2) = state["step"], group["betas"]
     rate, root = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
     assert parameter.grad is not None
-    flat = [local(x).flatten() for x in (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
+    tensors = [local(x) for x in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
+    seeds = seed, seed + _SECOND
+    compiled = has_numba() and all(
+        x.is_contiguous() and x.dtype is torch.bfloat16 and x.device.type == "cpu" for x in tensors
+    )
+    if compiled:
+        from lightning_multinorm.optim import cpu_adam
+
+        w, g, m, v = (x.flatten() for x in tensors)
+        how = {"lr": float(lr), "decay": group["weight_decay"], "betas": (beta1, beta2), "eps": group["eps"]}
+        cpu_adam.step_(w, g, m, v, (int(seeds[0]), int(seeds[1])), rate=float(rate), root=float(root), **how)
+        return
+    flat = [x.flatten() for x in tensors]
     size = rounded_block(parameter.device.type)
     for start in range(0, flat[0].numel(), size):
         w, g, m, v = (x[start : start + size] for x in flat)
-        noise = _noise(seed, start, len(w), w.device)
         gradient = g.float()
         mean, variance = m.float().lerp_(gradient, 1 - beta1), v.float().mul_(beta2)
         variance.addcmul_(gradient, gradient, value=1 - beta2)
         moved = w.float().mul_(1 - lr * group["weight_decay"])
         moved.sub_(mean.mul(rate).div_(variance.sqrt().div_(root).add_(group["eps"])))
-        w.copy_(round_to_bfloat16(moved, noise >> 16))
+        w.copy_(round_to_bfloat16(moved, _noise(seeds[0], start, len(w), w.device)))
         m.copy_(mean)
-        v.copy_(round_to_bfloat16(variance, noise & 0xFFFF))
+        v.copy_(round_to_bfloat16(variance, _noise(seeds[1], start, len(w), w.device)))
 
 
 def rounded_block(device: str) -> int:
@@ -102,6 +115,6 @@ def rounded_block(device: str) -> int:
 
 
 def _noise(seed: Tensor, start: int, count: int, device: torch.device) -> Tensor:
-    """Uniform 32-bit noise for entries start .. start + count of a parameter, int64."""
+    """Uniform 16-bit noise for entries start .. start + count of a parameter, int64."""
     entry = torch.arange(start, start + count, device=device) & 0xFFFFFFFF
-    return lowbias32(entry ^ lowbias32(seed & 0xFFFFFFFF))
+    return lowbias32(entry ^ key(seed, 0)) >> 16

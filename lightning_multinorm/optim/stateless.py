@@ -25,8 +25,8 @@ from lightning_multinorm.norms import MaxNorm
 from lightning_multinorm.optim.normalized import subtract_
 from lightning_multinorm.optim.scalings import Rows, column_scaling, place, row_blocks, row_scaling
 from lightning_multinorm.rounding import lowbias32
-from lightning_multinorm.sinkhorn.eager import apply_part_
-from lightning_multinorm.sinkhorn.sharded import Job
+from lightning_multinorm.sinkhorn import select
+from lightning_multinorm.sinkhorn.sharded import Job, Part
 from lightning_multinorm.views import View, as_matrices
 
 
@@ -118,9 +118,13 @@ def _apply_sign_(W: Tensor, G: Tensor, lr: float | Tensor, weight_decay: float, 
 def _apply_(job: Job, rows: Rows, columns: Literal["kept", "normalized"], like: Tensor) -> None:
     r = row_scaling(job.matrix, rows, like)
     c = column_scaling(job.matrix, r) if columns == "normalized" else r.new_ones(job.matrix.frame[1])
-    for piece, seed in zip(job.matrix.pieces, job.seeds(), strict=True):
-        i, j = place(piece)
-        apply_part_(piece.weight, piece.gradient, r[i], c[j], job.lr, job.weight_decay, seed)
+    parts = [
+        Part(piece.weight, piece.gradient, r[place(piece)[0]], c[place(piece)[1]], *(r[:0], c[:0], c[:0]))
+        for piece in job.matrix.pieces
+    ]
+    dtypes = {x.dtype for part in parts for x in (part.weight, part.gradient)}
+    passes = select.passes("auto", like.device, dtypes | {like.dtype})
+    passes.apply_(parts, [job.lr] * len(parts), [job.weight_decay] * len(parts), job.seeds())
 
 
 def _seed(seed: Tensor | None, block: slice) -> Tensor | None:

@@ -114,6 +114,11 @@ def _fastest(device: str, single: bool) -> Kernel:
     return "eager"
 
 
+def has_numba() -> bool:
+    """Whether compiled loops for the CPU are there."""
+    return _installed("numba")
+
+
 @lru_cache
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
