@@ -31,6 +31,9 @@ def run(module: str, size: int, folder: Path, limit: float = 280) -> dict[str, s
             process.wait(max(1, deadline - time.monotonic()))
         except TimeoutExpired:  # a rank that hangs must not outlive the tests
             process.kill()
+            process.wait()
+    for log in logs:
+        log.close()
     failures: dict[str, str] = {}
     for rank in range(size):
         result = folder / f"{rank}.json"
