@@ -19,6 +19,7 @@ from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.fallback import ROUNDED_BYTES, rounded_block
 from lightning_multinorm.planning.parameters import Placed
 from lightning_multinorm.planning.settings import Device
+from lightning_multinorm.sinkhorn.select import has_numba
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 _STACK = 2**24  # entries that MultiNormGD and SWAN take at a time on an accelerator
@@ -110,8 +111,8 @@ def _normalizing(optimizer: Optimizer, matrices: Sequence[Placed], dtype: torch.
 
 
 def _rounding(optimizer: Optimizer, by_adam: Sequence[Tensor], device: Device) -> int:
-    """What Adam with stochastic rounding computes in float32, a block at a time."""
-    if not optimizer.defaults["stochastic_rounding"]:
+    """What Adam with stochastic rounding computes in float32, a block at a time; compiled, entry by entry."""
+    if not optimizer.defaults["stochastic_rounding"] or (device == "cpu" and has_numba()):
         return 0
     rounded = [p.numel() for p in by_adam if p.dtype is torch.bfloat16]
     return ROUNDED_BYTES * min(max(rounded, default=0), rounded_block("cpu" if device == "cpu" else "cuda"))
