@@ -113,6 +113,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     # The folder holds the TensorBoard file and the configuration; it is new, and nothing in it is deleted.
     warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
+    # ``last.ckpt`` is written anew each time, as it is meant to be.
+    warnings.filterwarnings("ignore", "Detected an existing checkpoint in .*last", UserWarning)
     advertisement = "\N{ELECTRIC LIGHT BULB} Tip: For seamless cloud"
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(advertisement))
