@@ -21,8 +21,8 @@ from lightning_multinorm.layouts.matrix import Groups, Piece, ShardedMatrix
 from lightning_multinorm.views import View
 
 __all__ = [
-    "FlatSlice", "Groups", "Piece", "ShardedMatrix", "clean", "cut", "flat_slices", "gather", "is_dtensor",
-    "is_flat_slice", "local", "locate", "named_tensors", "own", "reduce_", "whole",
+    "FlatSlice", "Groups", "Piece", "ShardedMatrix", "all_reduce_", "clean", "cut", "flat_slices", "gather",
+    "is_dtensor", "is_flat_slice", "local", "locate", "named_tensors", "own", "reduce_", "whole",
 ]  # fmt: skip
 
 _WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_forward_module\.|_orig_mod\.|_checkpoint_wrapped_module\.")
@@ -56,7 +56,14 @@ def locate(parameter: Tensor, gradient: Tensor, view: View, flat: FlatSlice | No
     return matrices_of_dtensor(parameter, gradient, view)
 
 
-def reduce_(vectors: Sequence[Tensor], segments: Iterable[tuple[slice, Groups]], op: Any = None) -> None:
+def all_reduce_(tensor: Tensor, groups: Groups, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """All-reduce in place over each group in turn; no groups, no collective."""
+    for group in groups:
+        dist.all_reduce(tensor, op=op, group=group)
+    return tensor
+
+
+def reduce_(vectors: Sequence[Tensor], segments: Iterable[tuple[slice, Groups]], op: Any = dist.ReduceOp.SUM) -> None:
     """All-reduce parts of flat vectors in place, in one collective for all segments that share their groups.
 
     Args:
@@ -70,9 +77,7 @@ def reduce_(vectors: Sequence[Tensor], segments: Iterable[tuple[slice, Groups]],
             by_groups.setdefault(groups, []).append(segment)
     for groups, parts in by_groups.items():
         views = [vector[part] for vector in vectors for part in parts]
-        joined = torch.cat(views)
-        for group in groups:
-            dist.all_reduce(joined, op=op or dist.ReduceOp.SUM, group=group)
+        joined = all_reduce_(torch.cat(views), groups, op)
         for view, reduced in zip(views, joined.split([len(view) for view in views]), strict=True):
             view.copy_(reduced)
 
@@ -90,9 +95,7 @@ def gather(matrix: ShardedMatrix, values: Sequence[Tensor], like: Tensor) -> Ten
     whole = like.new_zeros(matrix.shape)
     for place, value in zip(_places(matrix, whole.device), values, strict=True):
         whole[place] = value
-    for group in dict.fromkeys((*matrix.column_groups, *matrix.row_groups)):
-        dist.all_reduce(whole, group=group)
-    return whole
+    return all_reduce_(whole, tuple(dict.fromkeys((*matrix.column_groups, *matrix.row_groups))))
 
 
 def cut(matrix: ShardedMatrix, whole: Tensor) -> list[Tensor]:
@@ -131,9 +134,7 @@ def own(whole: Tensor, like: Tensor, flat: FlatSlice | None = None) -> Tensor:
         part = part.index_select(dim, held_indices(like, dim).to(whole.device))
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
     part = part.to(local(like).device)
-    return DTensor.from_local(
-        part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
-    )  # fmt: skip
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -4,10 +4,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lightning_multinorm.layouts import FlatSlice, Groups, is_dtensor, local
+from lightning_multinorm.layouts import FlatSlice, Groups, all_reduce_, is_dtensor, local
 
 
 def clip_(parameters: Iterable[Tensor], largest: float, slices: Mapping[Any, FlatSlice] | None = None) -> Tensor:
@@ -33,10 +32,8 @@ def clip_(parameters: Iterable[Tensor], largest: float, slices: Mapping[Any, Fla
         if parameter.grad is not None:
             gradients.append(local(parameter.grad))
             own += torch.linalg.vector_norm(gradients[-1], dtype=torch.float32).square()
-    for groups, total in sums.items():
-        for group in groups:
-            dist.all_reduce(total, group=group)
-    norm = sum(sums.values(), torch.zeros((), device=device)).sqrt()
+    totals = [all_reduce_(total, groups) for groups, total in sums.items()]
+    norm = sum(totals, torch.zeros((), device=device)).sqrt()
     factor = (largest / (norm + 1e-6)).clamp(max=1)  # as torch, to the last digit
     for gradient in gradients:
         gradient.mul_(factor)

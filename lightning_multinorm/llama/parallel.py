@@ -100,10 +100,8 @@ def _parallelize(model: LlamaForCausalLM, name: str, part: nn.Module, mesh: Devi
         for pattern, style in plan.items():
             if isinstance(module, nn.Linear) and fnmatch.fnmatch(full, pattern.removeprefix("model.")):
                 styles[path] = _STYLES[style]()
-    if "" in styles:
-        parallelize_module(part, mesh, styles[""])
-    elif styles:
-        parallelize_module(part, mesh, styles)
+    if styles:
+        parallelize_module(part, mesh, styles.get("", styles))  # the head is a part by itself
 
 
 _STYLES: dict[str, Any] = {

@@ -19,6 +19,7 @@ from lightning_multinorm.optim import stateless
 from lightning_multinorm.optim.checks import check_gradient, check_hyperparameters, check_parameter
 from lightning_multinorm.optim.fallback import adam_
 from lightning_multinorm.optim.groups import Group, resolve
+from lightning_multinorm.optim.normalized import Batch
 from lightning_multinorm.rounding import lowbias32
 from lightning_multinorm.scaling import working_dtype
 from lightning_multinorm.sinkhorn.sharded import Job
@@ -65,6 +66,7 @@ class MultiNormOptimizer(Optimizer):
         self.replicas: dist.ProcessGroup | None = None
         self._slices: dict[Tensor, FlatSlice] = {}
         self._numbers: dict[Tensor, int] = {}
+        self._group_of: dict[Tensor, int] = {}
         self._lr_scales = {"multinorm": matrix_lr_scale, "adam": fallback_lr_scale, **stateless.LR_SCALES}
         self._nameless = False
         super().__init__(params, defaults)
@@ -99,7 +101,7 @@ class MultiNormOptimizer(Optimizer):
                 if part["rule"] == "multinorm" or part["rule"] in stateless.MATRIX_RULES:
                     check_view(slices[parameter].shape if parameter in slices else parameter.shape, part["view"])
             super().add_param_group(part)
-        self._numbers = {}
+        self._numbers, self._group_of = {}, {}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -127,7 +129,9 @@ class MultiNormOptimizer(Optimizer):
     @torch.no_grad()
     def step_parameter(self, parameter: Tensor) -> None:
         """The step of one parameter alone, inside backward: see `release.release_gradients`."""
-        group = next(group for group in self.param_groups if any(parameter is p for p in group["params"]))
+        if not self._numbers:
+            self._number()
+        group = self.param_groups[self._group_of[parameter]]
         assert parameter.grad is not None
         check_gradient(type(self).__name__, "a parameter", parameter.grad)
         self._update([(group, [parameter])])
@@ -173,7 +177,9 @@ class MultiNormOptimizer(Optimizer):
         weights = [as_matrices(parameter, group["view"]) for parameter in batch]
         gradients = [as_matrices(p.grad, group["view"], like=p) for p in batch if p.grad is not None]
         lr, seeds = group["lr"] * group["lr_scale"], self._seeds(group, batch[:1])
-        return self._update_(weights, gradients, group, lr, seeds[0], observe=bool(self.observers))
+        return self._update_(
+            Batch(weights, gradients, lr, group["weight_decay"], seeds[0], bool(self.observers)), group
+        )
 
     def _divide(self, batch: Sequence[Tensor], group: Group) -> None:
         """Each replica updates every so many-th parameter, and sends it to the others."""
@@ -243,7 +249,8 @@ class MultiNormOptimizer(Optimizer):
     def _number(self) -> None:
         """Number the matrices of all parameters, those of a group that are updated together in one run."""
         count = 0
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
+            self._group_of |= dict.fromkeys(group["params"], index)
             alike: dict[tuple[Any, ...], list[Tensor]] = {}
             for p in group["params"]:
                 alike.setdefault((p.shape, p.dtype, p.device), []).append(p)
@@ -253,21 +260,8 @@ class MultiNormOptimizer(Optimizer):
                 count += matrix_count(shape, group["view"]) if group["rule"] not in ("adam", "sign") else 1
 
     @abstractmethod
-    def _update_(
-        self,
-        weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        group: Group,
-        lr: float | Tensor,
-        seed: Tensor | None,
-        *,
-        observe: bool,
-    ) -> Trace | None:
-        """Update matrices (..., m, n) of one shape, dtype and device in place.
-
-        Returns:
-            If ``observe``, a trace whose residuals are (len(weights), ..., iterations, norms).
-        """
+    def _update_(self, batch: Batch, group: Group) -> Trace | None:
+        """Update whole matrices in place, with the hyper-parameters of a group; a trace if the batch asks for it."""
 
     @abstractmethod
     def _update_sharded_(self, jobs: Sequence[Job], group: Group, like: Tensor, *, observe: bool) -> Trace | None:
@@ -290,7 +284,7 @@ class MultiNormOptimizer(Optimizer):
         self.__dict__.setdefault("observers", [])
         self.__dict__.setdefault("replicas", None)
         self.__dict__.setdefault("_slices", {})
-        self._numbers = {}
+        self._numbers, self._group_of = {}, {}
         self.__dict__.setdefault("_nameless", False)
         super().__setstate__(state)
 

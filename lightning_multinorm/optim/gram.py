@@ -6,13 +6,11 @@ sharded the same holds for ``G Gᵀ`` (m, m), from the left.
 Legend: G this rank's part of the gradient, X of its direction; whole matrix (m, n); A Gram matrix.
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_multinorm.layouts import Groups, ShardedMatrix
+from lightning_multinorm.layouts import Groups, ShardedMatrix, all_reduce_
 from lightning_multinorm.scaling import inverse_power_of_two
 from lightning_multinorm.whitening import inverse_root
 
@@ -40,11 +38,11 @@ def whitened(matrix: ShardedMatrix, like: Tensor, *, k: int, beta: float, center
     (m, n), by_rows = matrix.shape, bool(matrix.column_groups)
     X = _row_norm(G, n, matrix.row_groups)
     if center:
-        X = _row_norm(X - _sum(X.sum(-1, keepdim=True), matrix.row_groups) / n, n, matrix.row_groups)
-    A = _sum(X.mT @ X if by_rows else X @ X.mT, matrix.column_groups or matrix.row_groups)
+        X = _row_norm(X - all_reduce_(X.sum(-1, keepdim=True), matrix.row_groups) / n, n, matrix.row_groups)
+    A = all_reduce_(X.mT @ X if by_rows else X @ X.mT, matrix.column_groups or matrix.row_groups)
     root = inverse_root(A, k=k, beta=beta)
     X = X @ root if by_rows else root @ X
-    norm = _sum(X.square().sum(), matrix.column_groups + matrix.row_groups).sqrt()
+    norm = all_reduce_(X.square().sum(), matrix.column_groups + matrix.row_groups).sqrt()
     X = X.mul_((m * n) ** 0.5 / torch.where(norm == 0, 1, norm))
     return [X] if matrix.pieces else []
 
@@ -52,12 +50,6 @@ def whitened(matrix: ShardedMatrix, like: Tensor, *, k: int, beta: float, center
 def _row_norm(G: Tensor, n: int, groups: Groups) -> Tensor:
     """`norms.RowNorm.project` of rows whose n columns the groups share."""
     largest = torch.linalg.vector_norm(G, float("inf"), dim=-1, keepdim=True) if G.numel() else G.sum(-1, keepdim=True)
-    X = G * inverse_power_of_two(_sum(largest, groups, dist.ReduceOp.MAX))
-    norm = _sum(X.square().sum(-1, keepdim=True), groups).sqrt()
+    X = G * inverse_power_of_two(all_reduce_(largest, groups, dist.ReduceOp.MAX))
+    norm = all_reduce_(X.square().sum(-1, keepdim=True), groups).sqrt()
     return X.mul_(torch.where(norm == 0, 0, n**0.5 / norm))
-
-
-def _sum(x: Tensor, groups: Groups, op: Any = None) -> Tensor:
-    for group in groups:
-        dist.all_reduce(x, op=op or dist.ReduceOp.SUM, group=group)
-    return x

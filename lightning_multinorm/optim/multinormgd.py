@@ -10,7 +10,7 @@ from lightning_multinorm.alternating import Trace, multi_normalize
 from lightning_multinorm.norms import Norm
 from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.groups import Group
-from lightning_multinorm.optim.normalized import Normalize, apply_normalized_, apply_sharded_, gathered
+from lightning_multinorm.optim.normalized import Batch, Normalize, apply_normalized_, apply_sharded_, gathered
 from lightning_multinorm.sinkhorn.sharded import Job
 
 
@@ -69,18 +69,8 @@ class MultiNormGD(MultiNormOptimizer):
         }
         super().__init__(params, defaults, matrix_lr_scale=matrix_lr_scale, fallback_lr_scale=fallback_lr_scale)
 
-    def _update_(
-        self,
-        weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        group: Group,
-        lr: float | Tensor,
-        seed: Tensor | None,
-        *,
-        observe: bool,
-    ) -> Trace | None:
-        normalize = self._normalize(group, observe)
-        return apply_normalized_(weights, gradients, normalize, lr=lr, weight_decay=group["weight_decay"], seed=seed)
+    def _update_(self, batch: Batch, group: Group) -> Trace | None:
+        return apply_normalized_(batch, self._normalize(group, batch.observe))
 
     def _update_sharded_(self, jobs: Sequence[Job], group: Group, like: Tensor, *, observe: bool) -> Trace | None:
         normalize = self._normalize(group, observe)

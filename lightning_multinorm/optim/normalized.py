@@ -4,6 +4,7 @@ Legend: G gradient (..., m, n), W weight, X = normalize(G).
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,19 +22,29 @@ Direction = Callable[[ShardedMatrix], tuple[list[Tensor], Trace | None]]
 """A sharded matrix to this rank's pieces of X, and the trace (iterations, norms) if it is observed."""
 
 
-def apply_normalized_(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    normalize: Normalize,
-    *,
-    lr: float | Tensor,
-    weight_decay: float,
-    seed: Tensor | None = None,
-) -> Trace | None:
-    """``W <- (1 - lr · weight_decay) W - lr · normalize(G)`` for matrices of one shape, stacked up to a block.
+class Batch(NamedTuple):
+    """Whole matrices (..., m, n) of one shape, dtype and device that are updated together.
 
-    Bfloat16 weights are rounded stochastically if there is a seed.
+    Attributes:
+        weights: updated in place.
+        gradients: as many, left unchanged.
+        lr: effective learning rate: RMS change per entry.
+        weight_decay: decoupled weight decay.
+        seed: rounds bfloat16 weights stochastically, or None.
+        observe: whether the update returns a trace, whose residuals are (len(weights), ..., iterations, norms).
     """
+
+    weights: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+    lr: float | Tensor
+    weight_decay: float
+    seed: Tensor | None = None
+    observe: bool = False
+
+
+def apply_normalized_(batch: Batch, normalize: Normalize) -> Trace | None:
+    """``W <- (1 - lr · weight_decay) W - lr · normalize(G)`` for a batch, stacked up to a block."""
+    weights, gradients, lr, weight_decay, seed, _ = batch
     traces = []
     per_stack = max(1, block_size(gradients[0]) // max(1, gradients[0].numel()))
     for i in range(0, len(weights), per_stack):

@@ -8,13 +8,13 @@ powers of two. Vectors are those of this rank's frame of the matrix, see `lightn
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_multinorm.layouts import Groups, Piece, ShardedMatrix
+from lightning_multinorm.layouts import Piece, ShardedMatrix, all_reduce_
 from lightning_multinorm.scaling import inverse_power_of_two, working_dtype
 from lightning_multinorm.sinkhorn.eager import block_size
 
@@ -43,7 +43,7 @@ def row_scaling(matrix: ShardedMatrix, rows: Rows, like: Tensor) -> Tensor:
     weights = norms.pow(power) * half * half
     r = norms.pow(power - 1) * a * half * half
     if rows == "clipped":
-        count, total = _all_reduce(found.sum().to(a.dtype), matrix.row_frames), _sum(weights, matrix)
+        count, total = all_reduce_(found.sum().to(a.dtype), matrix.row_frames), _sum(weights, matrix)
         squared_knee = KNEE**2 * total / count.clamp(min=1)
         clip = torch.rsqrt(1 + weights.square() / torch.where(total > 0, squared_knee, 1))
         weights, r = weights * clip, r * clip
@@ -58,12 +58,12 @@ def column_scaling(matrix: ShardedMatrix, r: Tensor) -> Tensor:
         _, columns = place(piece)
         for _, X in _scaled_blocks(piece, r):
             largest[columns] = torch.maximum(largest[columns], torch.linalg.vector_norm(X, float("inf"), dim=0))
-    b = inverse_power_of_two(_all_reduce(largest, matrix.column_groups, dist.ReduceOp.MAX))
+    b = inverse_power_of_two(all_reduce_(largest, matrix.column_groups, dist.ReduceOp.MAX))
     for piece in matrix.pieces:
         _, columns = place(piece)
         for _, X in _scaled_blocks(piece, r):
             squares[columns] += X.mul_(b[columns]).square_().sum(0)
-    _all_reduce(squares, matrix.column_groups)
+    all_reduce_(squares, matrix.column_groups)
     return torch.where(squares > 0, b * matrix.shape[0] ** 0.5 / torch.where(squares > 0, squares, 1).sqrt(), 0)
 
 
@@ -98,24 +98,18 @@ def _row_norms(matrix: ShardedMatrix, like: Tensor) -> tuple[Tensor, Tensor, Ten
         for block in row_blocks(piece.gradient):
             found = torch.linalg.vector_norm(piece.gradient[block], float("inf"), dim=-1).to(largest.dtype)
             largest[rows][block] = torch.maximum(largest[rows][block], found)
-    a = inverse_power_of_two(_all_reduce(largest, matrix.row_groups, dist.ReduceOp.MAX))
+    a = inverse_power_of_two(all_reduce_(largest, matrix.row_groups, dist.ReduceOp.MAX))
     for piece in matrix.pieces:
         rows, _ = place(piece)
         for block, X in _scaled_blocks(piece, a):
             squares[rows][block] += X.square_().sum(-1)
-    _all_reduce(squares, matrix.row_groups)
+    all_reduce_(squares, matrix.row_groups)
     exponent = torch.where(largest > 0, torch.frexp(a).exponent, _NO_ROW)
     smallest = exponent.amin() if len(exponent) else exponent.new_full((), _NO_ROW)
-    _all_reduce(smallest, matrix.row_frames, dist.ReduceOp.MIN)
+    all_reduce_(smallest, matrix.row_frames, dist.ReduceOp.MIN)
     return a, squares.sqrt(), (exponent - smallest).to(a.dtype)
 
 
 def _sum(weights: Tensor, matrix: ShardedMatrix) -> Tensor:
     """Sum of squares over all rows of the matrix."""
-    return _all_reduce(weights.square().sum(), matrix.row_frames)
-
-
-def _all_reduce(tensor: Tensor, groups: Groups, op: Any = None) -> Tensor:
-    for group in groups:
-        dist.all_reduce(tensor, op=op or dist.ReduceOp.SUM, group=group)
-    return tensor
+    return all_reduce_(weights.square().sum(), matrix.row_frames)

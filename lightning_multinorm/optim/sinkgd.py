@@ -10,6 +10,7 @@ from lightning_multinorm import sinkhorn
 from lightning_multinorm.alternating import Trace
 from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.groups import Group
+from lightning_multinorm.optim.normalized import Batch
 from lightning_multinorm.sinkhorn import select, sharded
 from lightning_multinorm.sinkhorn.sharded import Job
 
@@ -74,24 +75,15 @@ class SinkGD(MultiNormOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kernel": self._kernel}
 
-    def _update_(
-        self,
-        weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        group: Group,
-        lr: float | Tensor,
-        seed: Tensor | None,
-        *,
-        observe: bool,
-    ) -> Trace | None:
+    def _update_(self, batch: Batch, group: Group) -> Trace | None:
         residuals = sinkhorn.update_(
-            weights,
-            gradients,
-            lr=lr,
-            weight_decay=group["weight_decay"],
+            batch.weights,
+            batch.gradients,
+            lr=batch.lr,
+            weight_decay=batch.weight_decay,
             iterations=group["iterations"],
-            trace=observe,
-            seed=seed,
+            trace=batch.observe,
+            seed=batch.seed,
             kernel=self._kernel,
         )
         return None if residuals is None else Trace(("row", "column"), residuals)

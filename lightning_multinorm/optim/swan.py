@@ -13,7 +13,7 @@ from lightning_multinorm.norms import RowNorm, SpectralNorm
 from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.gram import has_local_gram, whitened
 from lightning_multinorm.optim.groups import Group
-from lightning_multinorm.optim.normalized import Normalize, apply_normalized_, apply_sharded_, gathered
+from lightning_multinorm.optim.normalized import Batch, Normalize, apply_normalized_, apply_sharded_, gathered
 from lightning_multinorm.sinkhorn.sharded import Job
 from lightning_multinorm.whitening import Orthogonalization, polar_newton_schulz, polar_svd
 
@@ -93,18 +93,8 @@ class SWAN(MultiNormOptimizer):
         }
         super().__init__(params, defaults, matrix_lr_scale=matrix_lr_scale, fallback_lr_scale=fallback_lr_scale)
 
-    def _update_(
-        self,
-        weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        group: Group,
-        lr: float | Tensor,
-        seed: Tensor | None,
-        *,
-        observe: bool,
-    ) -> Trace | None:
-        normalize = _normalize(group, observe)
-        return apply_normalized_(weights, gradients, normalize, lr=lr, weight_decay=group["weight_decay"], seed=seed)
+    def _update_(self, batch: Batch, group: Group) -> Trace | None:
+        return apply_normalized_(batch, _normalize(group, batch.observe))
 
     def _update_sharded_(self, jobs: Sequence[Job], group: Group, like: Tensor, *, observe: bool) -> Trace | None:
         normalize = _normalize(group, observe)

@@ -118,7 +118,7 @@ def update_(
     owners = [job for job in jobs for _ in job.matrix.pieces]
     seeds = [seed for job in jobs for seed in job.seeds()]
     passes.apply_(work.parts, [job.lr for job in owners], [job.weight_decay for job in owners], seeds)
-    return work.residuals() if trace else None
+    return work.residuals()
 
 
 class _Work:
@@ -135,9 +135,8 @@ class _Work:
         self.n = _spread([matrix.shape[1] for matrix in self.matrices], rows, self.R)
         self.parts = [part for k, matrix in enumerate(self.matrices) for part in self._parts(k, matrix)]
         self.jobs, self.iterations = jobs, iterations
-        if trace:
-            count = 1 + max(job.parameter for job in jobs)
-            self.errors = torch.zeros(count, iterations, 2, dtype=dtype, device=device)
+        count = 1 + max(job.parameter for job in jobs)
+        self.errors = torch.zeros(count, iterations, 2, dtype=dtype, device=device) if trace else None
 
     def _parts(self, k: int, matrix: ShardedMatrix) -> list[Part]:
         i, j = self.row_spans[k].start, self.column_spans[k].start
@@ -156,7 +155,7 @@ class _Work:
 
     def step_rows(self, passes: Passes, k: int) -> None:
         self._sum_rows(passes)
-        if k and hasattr(self, "errors"):
+        if k:
             self._add_row_errors(k - 1)
         _scale_(self.r, _step(self.n, self.R))
 
@@ -173,17 +172,17 @@ class _Work:
             self.c.copy_(torch.where(lifted, LIFT, 1))
         step = _step(self.m, C)
         _scale_(self.c, step)
-        if hasattr(self, "errors"):
-            error = _squared_error(_relative(C, self.m) * step) / self.m
-            self._add(error, self.column_spans, k, 1)
+        self._add_errors(_relative(C, self.m) * step, self.column_spans, k, 1)
 
     def measure_rows(self, passes: Passes) -> None:
         """What the last columns' step has done to the rows."""
         self._sum_rows(passes)
         self._add_row_errors(self.iterations - 1)
 
-    def residuals(self) -> Tensor:
+    def residuals(self) -> Tensor | None:
         """(parameters, L, 2): root mean squares over all rows, or columns, of all matrices of a parameter."""
+        if self.errors is None:
+            return None
         for side in (0, 1):
             groups: dict[int, Groups] = {}
             for job in self.jobs:
@@ -203,9 +202,13 @@ class _Work:
         reduce_((self.R,), zip(self.row_spans, (matrix.row_groups for matrix in self.matrices), strict=True), op)
 
     def _add_row_errors(self, k: int) -> None:
-        self._add(_squared_error(_relative(self.R, self.n)), self.row_spans, k, 0)
+        self._add_errors(_relative(self.R, self.n), self.row_spans, k, 0)
 
-    def _add(self, errors: Tensor, spans: Sequence[slice], k: int, side: int) -> None:
+    def _add_errors(self, norms: Tensor, spans: Sequence[slice], k: int, side: int) -> None:
+        """If asked for: mean of (norm - 1)² over the rows (side 0) or columns (1) of a parameter's matrices."""
+        if self.errors is None:
+            return
+        errors = torch.where(norms == 0, 0, (norms - 1).square())
         for job, span in zip(self.jobs, spans, strict=True):
             total = errors[span].sum() * (job.matrix.share / job.matrix.shape[side])
             self.errors[job.parameter, k, side] += total
@@ -236,10 +239,6 @@ def _scale_(scaling: Tensor, step: Tensor) -> None:
 
 def _relative(sums: Tensor, target: Tensor) -> Tensor:
     return (sums / target).sqrt()
-
-
-def _squared_error(relative: Tensor) -> Tensor:
-    return torch.where(relative == 0, 0, (relative - 1).square())
 
 
 def place(matrix: ShardedMatrix, row: int, column: int) -> int:
