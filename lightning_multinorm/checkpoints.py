@@ -8,7 +8,7 @@ An optimizer without state is the ordinary case: it has no entry, and nothing is
 gradients nor a tensor in its name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def save_folder(path: Path, module: nn.Module, optimizers: list[Optimizer]) -> l
     for k, optimizer in enumerate(optimizers):
         saved = optimizer.state_dict()
         groups.append(saved["param_groups"])
-        names = _names(saved)
+        names = _names(saved["param_groups"])
         for number, entries in saved["state"].items():
             state |= {f"optimizer_{k}.{names[number]}.{key}": torch.as_tensor(value) for key, value in entries.items()}
     dcp.save(state, checkpoint_id=path)
@@ -123,17 +123,14 @@ def load_folder(path: Path, module: nn.Module, optimizers: list[Optimizer], grou
     wanted: dict[str, Tensor] = {name: tensor for name, tensor in state.items() if name in stored}
     loads = []
     for k, (optimizer, saved_groups) in enumerate(zip(optimizers, groups, strict=True)):
-        names = _names({"param_groups": saved_groups})
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         found: dict[int, dict[str, Tensor]] = {}
-        for number, name in names.items():
-            prefix = f"optimizer_{k}.{name}."
-            for key in (key for key in stored if key.startswith(prefix)):
-                parameter, place = parameters[number], stored[key]
-                alike = place.size == parameter.shape
-                dtype = place.properties.dtype
-                value = torch.zeros_like(parameter, dtype=dtype) if alike else torch.zeros(place.size, dtype=dtype)
-                found.setdefault(number, {})[key.removeprefix(prefix)] = wanted[key] = value
+        for number, name, key in _entries(stored, k, saved_groups):
+            parameter, place = parameters[number], stored[key]
+            alike = place.size == parameter.shape
+            dtype = place.properties.dtype
+            value = torch.zeros_like(parameter, dtype=dtype) if alike else torch.zeros(place.size, dtype=dtype)
+            found.setdefault(number, {})[name] = wanted[key] = value
         loads.append((optimizer, {"state": found, "param_groups": saved_groups}))
     dcp.load(wanted, checkpoint_id=path)
     for optimizer, saved in loads:
@@ -149,11 +146,8 @@ def read_folder(path: Path, groups: list[Any]) -> tuple[State, list[State]]:
     optimizers = []
     for k, saved_groups in enumerate(groups):
         state: dict[int, dict[str, Tensor]] = {}
-        for number, name in _names({"param_groups": saved_groups}).items():
-            prefix = f"optimizer_{k}.{name}."
-            entries = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if entries:
-                state[number] = entries
+        for number, name, key in _entries(stored, k, saved_groups):
+            state.setdefault(number, {})[name] = tensors[key]
         optimizers.append({"state": state, "param_groups": saved_groups})
     return weights, optimizers
 
@@ -163,10 +157,20 @@ def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
     return {key: place for key, place in metadata.items() if isinstance(place, TensorStorageMetadata)}
 
 
-def _names(state: State) -> dict[int, str]:
+def _entries(stored: Iterable[str], optimizer: int, groups: list[Any]) -> Iterator[tuple[int, str, str]]:
+    """The states that a folder has of an optimizer: number of the parameter, name of the entry, key in the folder."""
+    by_parameter: dict[str, list[str]] = {}
+    for key in stored:
+        by_parameter.setdefault(key.rpartition(".")[0], []).append(key)
+    for number, name in _names(groups).items():
+        for key in by_parameter.get(f"optimizer_{optimizer}.{name}", []):
+            yield number, key.rpartition(".")[2], key
+
+
+def _names(groups: list[Any]) -> dict[int, str]:
     """Each parameter's name by its number; the number itself where the optimizer was given no names."""
     names: dict[int, str] = {}
-    for group in state["param_groups"]:
+    for group in groups:
         own = group.get("param_names", [str(number) for number in group["params"]])
         names |= dict(zip(group["params"], own, strict=True))
     return names

@@ -5,6 +5,7 @@ over those that shard rows; replicas (as in HSDP) are never added.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -111,20 +112,22 @@ def _indices(parameter: Any, side: str, view: View) -> Tensor:
 
 
 def held_indices(parameter: Any, dim: int) -> Tensor:
-    """Which indices of a dimension the local shard has.
+    """Which indices of a dimension the local shard has; not to be changed."""
+    return _held(parameter.shape[dim], dim, parameter.ndim, tuple(parameter.placements), parameter.device_mesh)
 
-    Strided shards cut what the plain ones to their right on the mesh have left (FSDP2 over tensor parallelism).
-    """
+
+@lru_cache(maxsize=256)  # asked for every matrix in every step, and few differ
+def _held(length: int, dim: int, ndim: int, placements: tuple[Any, ...], mesh: Any) -> Tensor:
+    """Strided shards cut what the plain ones to their right on the mesh have left (FSDP2 over tensor parallelism)."""
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    index = torch.arange(parameter.shape[dim])
-    cuts = [(k, p) for k, p in enumerate(parameter.placements) if p.is_shard() or isinstance(p, _StridedShard)]
-    cuts = [(k, p) for k, p in cuts if p.dim % parameter.ndim == dim]
+    index, coordinate = torch.arange(length), mesh.get_coordinate()
+    cuts = [(k, p) for k, p in enumerate(placements) if p.is_shard() or isinstance(p, _StridedShard)]
+    cuts = [(k, p) for k, p in cuts if p.dim % ndim == dim]
     plain = [k for k, p in cuts if not isinstance(p, _StridedShard)]
     strided = [k for k, p in cuts if isinstance(p, _StridedShard)]
-    coordinate = parameter.device_mesh.get_coordinate()
     for k in plain + strided[::-1]:
-        index = _chunk(index, parameter.device_mesh.size(k), coordinate[k])
+        index = _chunk(index, mesh.size(k), coordinate[k])
     return index
 
 
