@@ -37,6 +37,10 @@ ONTO: dict[str, tuple[str, dict[str, Any]]] = {  # what goes on from where, unde
     "fsdp1-to-tp": ("fsdp1", {"strategy": "tp"}),
     "tp-to-folder": ("tp", {"strategy": "fsdp2"}),
 }
+ON_FOUR: dict[str, dict[str, Any]] = {
+    "hsdp": {"strategy": "ShardedStrategy", "options": {"replicas": 2}},
+    "grid": {"strategy": "ShardedStrategy", "options": {"tensor_parallel_size": 2}},
+}
 TO_ONE = ("folder", "file", "fsdp1", "tp")
 
 
@@ -61,6 +65,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     onto = [{"name": name, "ckpt_path": f"{source}/{AFTER}", **how} for name, (source, how) in ONTO.items()]
     launch(folder, 2, again + onto)
+    four = [{"name": name, **how} for name, how in ON_FOUR.items()]
+    four.append({"name": "hsdp-to-grid", "ckpt_path": f"hsdp/{AFTER}", **ON_FOUR["grid"]})
+    launch(folder, 4, four)
     launch(folder, 1, [{"name": f"{n}-to-one", "strategy": "auto", "ckpt_path": f"{n}/{AFTER}"} for n in TO_ONE])
     return folder
 
@@ -84,12 +91,15 @@ def test_a_killed_run_leaves_no_losses_but_its_checkpoints(runs: Path, name: str
     assert (runs / f"{name}-killed" / AFTER).is_dir() == (name == "folder")
 
 
-@pytest.mark.parametrize("name", [name for name, how in SPREAD.items() if "optimizer" not in how and name != "rounded"])
+ALIKE = [name for name, how in SPREAD.items() if "optimizer" not in how and name != "rounded"]
+
+
+@pytest.mark.parametrize("name", [*ALIKE, *ON_FOUR])
 def test_every_strategy_trains_as_one_device(runs: Path, name: str) -> None:
     assert losses(runs, name) == pytest.approx(losses(runs, "single"), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", [*ONTO, *(f"{name}-to-one" for name in TO_ONE)])
+@pytest.mark.parametrize("name", [*ONTO, "hsdp-to-grid", *(f"{name}-to-one" for name in TO_ONE)])
 def test_a_run_goes_on_with_other_ranks_and_strategies(runs: Path, name: str) -> None:
     whole, rest = losses(runs, "single"), losses(runs, name)
     assert list(rest) == ["5", "6", "7", "8"]
