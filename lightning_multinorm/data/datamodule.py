@@ -2,21 +2,23 @@
 
 from collections.abc import Iterator
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_multinorm.data.errors import DataError
 from lightning_multinorm.data.evaluation import MemoryBatches, document_rows, held_out_rows
 from lightning_multinorm.data.files import name_documents
-from lightning_multinorm.data.loader import Batches, BatchLoader, TrainingBatches, Vocabulary
+from lightning_multinorm.data.lanes import Packing
+from lightning_multinorm.data.loader import Batches, BatchLoader, TrainingBatches
 from lightning_multinorm.data.packing import Tokens, share_of_rank
 from lightning_multinorm.data.progress import batches_to_train, batches_trained
-from lightning_multinorm.data.sources import Corpus, open_corpus, rank_share
+from lightning_multinorm.data.resuming import gather_places, refuse_other_data, resumed_places
+from lightning_multinorm.data.sources import Corpus, open_corpus
 from lightning_multinorm.data.tokenizer import identify, largest_text_id, load_tokenizer
+from lightning_multinorm.data.vocabulary import Batch, Vocabulary
 
 
 class TextDataModule(LightningDataModule):
@@ -24,13 +26,14 @@ class TextDataModule(LightningDataModule):
 
     Every batch is a dict of int64 tensors, with B sequences of T tokens: "input_ids" (B, T); "labels" (B, T), the
     token after each input, -100 where nothing is predicted; "bytes" (B,), the UTF-8 bytes of the text the labels stand
-    for. Batches to predict on also have "document" (B,), an index into `predict_names` (-100 in rows that only fill up
-    a rank's share).
+    for; "position_ids" (B, T) with `isolate_documents`. Batches to predict on also have "document" (B,), an index into
+    `predict_names` (-100 in rows that only fill up a rank's share).
 
     Args:
         source: "stdlib" (the Python standard library's own modules, on every machine), "c4" (streamed from the
-            Hugging Face hub), or local files: a path, a folder, a glob, or a list of these, ending in .txt, .py
-            (one document each), .jsonl, .json, .jsonl.gz, .json.gz (one a line) or .parquet (one a row).
+            Hugging Face hub), or files: a path, a folder, a glob, or a list of these, ending in .txt, .py
+            (one document each), .jsonl, .json, .jsonl.gz, .json.gz (one a line) or .parquet (one a row); of the last
+            kinds also addresses ("https://…", "hf://…", "s3://…"), which are streamed.
         tokenizer: "bpe" (trained on the source, cached), a name on the Hugging Face hub, or a folder.
         vocab_size: Number of ids of "bpe"; other tokenizers have their own.
         sequence_length: Tokens in a sequence.
@@ -42,7 +45,10 @@ class TextDataModule(LightningDataModule):
         predict_files: Text files (one document each) or .jsonl, .json.gz, .parquet (one a line or row) to predict
             on.
         text_field: Key or column that holds the text in JSON lines and Parquet files.
-        num_workers: Processes per device that prepare training batches; 0 for the training process itself.
+        packing: "stream" cuts documents, each followed by its end-of-text, into rows without padding; "paper" makes a
+            row of each document, cut off or filled up, as the papers' code does; nothing is predicted from filling.
+        isolate_documents: Whether attention is kept inside each document of a row, by positions that restart.
+        num_workers: Processes per device that make training batches; 0 for a thread of the training process.
         mix_rows: Rows of packed text that are shuffled together before they are cut into batches, so that a long
             document does not fill a batch; 0 keeps the order of the documents.
         seed: Of the order of files, and of the mixing, in training.
@@ -64,6 +70,8 @@ class TextDataModule(LightningDataModule):
         validation_tokens: int = 10_000_000,
         predict_files: list[str] | None = None,
         text_field: str = "text",
+        packing: Packing = "stream",
+        isolate_documents: bool = False,
         num_workers: int = 0,
         mix_rows: int = 1024,
         seed: int = 0,
@@ -80,16 +88,21 @@ class TextDataModule(LightningDataModule):
         self.validation_tokens = validation_tokens
         self.predict_files = predict_files or []
         self.text_field = text_field
+        self.packing = packing
+        self.isolate_documents = isolate_documents
         self.num_workers = num_workers
         self.mix_rows = mix_rows
         self.seed = seed
         self.predict_names: list[str] = []
         self._resumed: dict[str, Any] = {}
+        self._training: BatchLoader | None = None
         self._check_arguments()
 
     def _check_arguments(self) -> None:
         at_least_one = ("sequence_length", "batch_size", "validation_batch_size", "validation_tokens")
         minimum = {**dict.fromkeys(at_least_one, 1), "num_workers": 0, "mix_rows": 0, "seed": 0}
+        if self.packing not in get_args(Packing):
+            raise DataError(f"data.packing is {self.packing!r}; set it to one of {', '.join(get_args(Packing))}.")
         for name, least in minimum.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -113,11 +126,12 @@ class TextDataModule(LightningDataModule):
 
     def _training_texts(self) -> Iterator[str]:
         # A generator, so that a tokenizer which is not trained here opens no source.
-        yield from (example["text"] for example in self.corpus.train)
+        yield from self.corpus.train.texts()
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
-        return Vocabulary(load_tokenizer(self.tokenizer_name, self._training_texts(), self.vocab_size))
+        tokenizer = load_tokenizer(self.tokenizer_name, self._training_texts(), self.vocab_size)
+        return Vocabulary(tokenizer, self.isolate_documents)
 
     @cached_property
     def _tokenizer_identity(self) -> str:
@@ -159,38 +173,64 @@ class TextDataModule(LightningDataModule):
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    @property
-    def _usable_workers(self) -> int:
-        # The last rank has the fewest files; the number must be the same on all, since checkpoints hold rank 0's.
-        world_size = self._rank_and_world_size[1]
-        return min(self.num_workers, rank_share(self.corpus.train, world_size - 1, world_size).num_shards)
-
     @override
     def train_dataloader(self) -> BatchLoader:
         """As many batches as the Trainer will train on, less those which it has trained on already."""
+        refuse_other_data(self._resumed, self._stream_identity())
+        self._training = self._loader(
+            self._stream(batches_to_train(self.trainer)),
+            num_workers=self.num_workers,
+            consumed=partial(batches_trained, self.trainer),
+            resumed=resumed_places(self._resumed, self._rank_and_world_size[0]),
+        )
+        return self._training
+
+    def _stream(self, total: int) -> TrainingBatches:
         rank, world_size = self._rank_and_world_size
-        self._refuse_other_data(self._stream_identity())
-        dataset = TrainingBatches(
-            documents=self.corpus.train,
+        return TrainingBatches(
+            shards=self.corpus.train,
             vocabulary=self._vocabulary,
             sequence_length=self.sequence_length,
             batch_size=self.batch_size,
-            batches=batches_to_train(self.trainer),
+            total=total,
             rank=rank,
             world_size=world_size,
             seed=self.seed,
             mix_rows=self.mix_rows,
+            packing=self.packing,
+            workers=max(1, self.num_workers),
         )
-        if (workers := self._usable_workers) < self.num_workers:
-            rank_zero_warn(f"data.num_workers is {self.num_workers}, but a rank has {workers} file(s); using that.")
-        return self._loader(dataset, num_workers=workers, consumed=partial(batches_trained, self.trainer))
+
+    def batch_position(self, batches: int) -> dict[str, Any] | None:
+        """Where a training batch comes from, for `replay`.
+
+        Args:
+            batches: Which one: the number that were trained on, it included; one of the last two.
+
+        Returns:
+            Plain numbers, and the name of the shard; None if it is not known any more.
+        """
+        places = self._training.last_places if self._training is not None else {}
+        return self._stream(0).position(*places[batches]) if batches in places else None
+
+    def replay(self, position: dict[str, Any]) -> Batch:
+        """A training batch once more, of whatever rank, on any machine with the same data and configuration.
+
+        Args:
+            position: What `batch_position` returned. This module must be attached to a Trainer with as many ranks.
+
+        Returns:
+            The batch.
+        """
+        return self._stream(0).replay(position)
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     @cached_property
     def _held_out_rows(self) -> Tokens:
-        texts = (example["text"] for example in self.corpus.held_out)
-        rows = held_out_rows(texts, self._vocabulary, self.sequence_length, self.validation_tokens)
+        rows = held_out_rows(
+            self.corpus.held_out.texts(), self._vocabulary, self.sequence_length, self.validation_tokens
+        )
         if len(rows) == 0:
             raise DataError(
                 "no document is held out to validate on; raise --data.validation_fraction, name "
@@ -201,7 +241,7 @@ class TextDataModule(LightningDataModule):
     @override
     def val_dataloader(self) -> BatchLoader:
         """The first `validation_tokens` tokens of the held-out documents, each a label exactly once over all ranks."""
-        self._refuse_other_data({"tokenizer": self._tokenizer_identity})
+        refuse_other_data(self._resumed, {"tokenizer": self._tokenizer_identity})
         rows = share_of_rank(self._held_out_rows, *self._rank_and_world_size)
         return self._loader(MemoryBatches(self._vocabulary, rows, self.validation_batch_size or self.batch_size))
 
@@ -213,7 +253,7 @@ class TextDataModule(LightningDataModule):
     @override
     def predict_dataloader(self) -> BatchLoader:
         """Windows of each document of `predict_files`, every token of it a label exactly once over all ranks."""
-        self._refuse_other_data({"tokenizer": self._tokenizer_identity})
+        refuse_other_data(self._resumed, {"tokenizer": self._tokenizer_identity})
         self.predict_names, texts = name_documents(self.predict_files, self.text_field)
         rows, owners = document_rows(texts, self._vocabulary, self.sequence_length)
         ranks = self._rank_and_world_size
@@ -224,33 +264,18 @@ class TextDataModule(LightningDataModule):
     # -- resume ------------------------------------------------------------------------------------------------------
 
     def _stream_identity(self) -> dict[str, Any]:
-        """All that decides which batch comes at which step."""
-        return {
-            "world_size": self._rank_and_world_size[1],
-            "batch_size": self.batch_size,
-            "sequence_length": self.sequence_length,
-            "num_workers": self._usable_workers,
-            "mix_rows": self.mix_rows,
-            "seed": self.seed,
-            "source": self.corpus.fingerprint,
-            "tokenizer": self._tokenizer_identity,
-        }
+        own = {"source": self.corpus.fingerprint, "tokenizer": self._tokenizer_identity}
+        return {**self._stream(0).identity(), **own}
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """How many batches were trained on, and what the stream they came from depends on."""
-        return {"batches": batches_trained(self.trainer), **self._stream_identity()}
+        """Where every rank's stream goes on, and what it depends on; a collective call."""
+        trained = batches_trained(self.trainer)
+        places = self._training.places(trained) if self._training is not None else {}
+        gathered = gather_places(places, *self._rank_and_world_size)
+        return {"batches": trained, "places": gathered, **self._stream_identity()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the checkpoint's stream; a different one is refused when batches are asked for."""
         self._resumed = state_dict
-
-    def _refuse_other_data(self, identity: dict[str, Any]) -> None:
-        for name, value in identity.items():
-            saved = self._resumed.get(name, value)
-            if saved != value:
-                raise DataError(
-                    f"the checkpoint was trained with data.{name} = {saved}, now it is {value}, so its place in the "
-                    f"data cannot be found again; restore that {name}, or start anew from the weights alone."
-                )

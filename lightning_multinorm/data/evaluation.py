@@ -1,6 +1,6 @@
 """Rows to validate, test and predict on: tokenised once, held in memory, every token a label exactly once.
 
-T = sequence length, B = sequences in a batch. Stands on `loader` and `packing`.
+T = sequence length, B = sequences in a batch. Stands on `loader`, `vocabulary` and `packing`.
 """
 
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from lightning_multinorm.data.loader import Batch, Batches, Vocabulary, groups
+from lightning_multinorm.data.loader import Batches
 from lightning_multinorm.data.packing import Tokens, pack_all
-from lightning_multinorm.data.tokenizer import encode
+from lightning_multinorm.data.vocabulary import Batch, Vocabulary, groups
 
 
 @dataclass(eq=False)
@@ -36,11 +36,8 @@ class MemoryBatches(Batches):
         return -(-len(self.rows) // self.batch_size)
 
     @override
-    def start_after(self, done: int, workers: int) -> int:
-        return done
-
-    def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.rows), self.batch_size):
+    def batches(self, done: int) -> Iterator[Batch]:
+        for start in range(done * self.batch_size, len(self.rows), self.batch_size):
             part = slice(start, start + self.batch_size)
             batch = self.vocabulary.batch(self.rows[part])
             if self.documents is not None:
@@ -84,7 +81,7 @@ def document_rows(texts: list[str], vocabulary: Vocabulary, sequence_length: int
         The windows, shape (windows, T + 1), and the index of each one's document, shape (windows,).
     """
     start = [vocabulary.end_of_text]
-    streams = [np.array(start + ids) for group in groups(iter(texts)) for ids in encode(vocabulary.tokenizer, group)]
+    streams = [np.array(start + ids) for group in groups(iter(texts)) for ids in vocabulary.encode(group)]
     windows = [pack_all(stream, sequence_length) for stream in streams]
     owners = np.repeat(np.arange(len(windows)), [len(rows) for rows in windows])
     return np.concatenate([np.empty((0, sequence_length + 1), dtype=np.int64), *windows]), owners

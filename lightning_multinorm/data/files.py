@@ -3,12 +3,17 @@
 Stands on `errors` alone; `sources` makes streams of what is read here.
 """
 
+import contextlib
 import glob
 import gzip
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from io import BufferedIOBase
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,25 +25,42 @@ from lightning_multinorm.data.errors import DataError
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
-def _read_text(path: str, text_field: str) -> Iterator[str]:
+LONGEST = 64 * 2**20
+"""Bytes of the longest document: the tokenizer takes some fifty times a document's bytes of memory."""
+Documents = Iterator[tuple[int, str]]
+"""Number and text of each document of a file that is wanted."""
+
+
+def _check_length(size: int, where: str) -> None:
+    if size > LONGEST:
+        raise DataError(
+            f"{where} is a document of more than {LONGEST >> 20} MiB, too long to be tokenised in one piece; "
+            "split it into several documents."
+        )
+
+
+def _read_text(path: str, text_field: str, start: int, step: int) -> Documents:
+    if start > 0:
+        return
+    _check_length(os.path.getsize(path), path)
     try:
-        yield Path(path).read_text(encoding="utf-8")
+        yield 0, Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8 text; convert it (iconv -t utf-8) or leave it out.") from None
 
 
-def _read_source_code(path: str, text_field: str) -> Iterator[str]:
+def _read_source_code(path: str, text_field: str, start: int, step: int) -> Documents:
     # A source file in another encoding is legal Python, so one of them is no reason to stop.
-    try:
-        yield Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return
+    with contextlib.suppress(DataError):
+        yield from _read_text(path, text_field, start, step)
 
 
-def _parse_lines(lines: Iterable[bytes], path: str, text_field: str) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        if line.isspace():
-            continue
+def _parse_lines(file: BufferedIOBase, path: str, text_field: str, start: int, step: int) -> Documents:
+    lines = iter(partial(file.readline, LONGEST + 1), b"")  # the limit also keeps a binary file from filling memory
+    full = ((number, line) for number, line in enumerate(lines, start=1) if not line.isspace())
+    # Lines that are not wanted are not parsed: on a rank that shares a file with others, these are most.
+    for document, (number, line) in islice(enumerate(full), start, None, step):
+        _check_length(len(line), f"{path}, line {number}")
         try:
             record = json.loads(line)
         except ValueError:
@@ -50,23 +72,23 @@ def _parse_lines(lines: Iterable[bytes], path: str, text_field: str) -> Iterator
                 f"{path}, line {number}: no text under the key {text_field!r} (found: {found}); "
                 "set --data.text_field to the key that holds the text."
             )
-        yield text
+        yield document, text
 
 
-def _read_json_lines(path: str, text_field: str) -> Iterator[str]:
-    with open(path, "rb") as lines:
-        yield from _parse_lines(lines, path, text_field)
+def _read_json_lines(path: str, text_field: str, start: int, step: int) -> Documents:
+    with open(path, "rb") as file:
+        yield from _parse_lines(file, path, text_field, start, step)
 
 
-def _read_gzip_json_lines(path: str, text_field: str) -> Iterator[str]:
+def _read_gzip_json_lines(path: str, text_field: str, start: int, step: int) -> Documents:
     try:
-        with gzip.open(path, "rb") as lines:
-            yield from _parse_lines(lines, path, text_field)
-    except (gzip.BadGzipFile, EOFError):
+        with gzip.open(path, "rb") as file:
+            yield from _parse_lines(file, path, text_field, start, step)
+    except (gzip.BadGzipFile, EOFError, zlib.error):
         raise DataError(f"{path} is not a complete gzip file; copy it again or leave it out.") from None
 
 
-def _read_parquet(path: str, text_field: str) -> Iterator[str]:
+def _read_parquet(path: str, text_field: str, start: int, step: int) -> Documents:
     try:
         with pq.ParquetFile(path) as table:
             if text_field not in table.schema_arrow.names:
@@ -74,14 +96,17 @@ def _read_parquet(path: str, text_field: str) -> Iterator[str]:
                     f"{path}: no column {text_field!r} (found: {', '.join(table.schema_arrow.names)}); "
                     "set --data.text_field to the column that holds the text."
                 )
-            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+            batches = table.iter_batches(batch_size=256, columns=[text_field])
+            rows = chain.from_iterable(batch.column(0) for batch in batches)
+            for document, text in islice(enumerate(rows), start, None, step):
+                if text.is_valid:
+                    yield document, text.as_py()
     except pa.ArrowInvalid:
         raise DataError(f"{path} is not a Parquet file; copy it again or leave it out.") from None
 
 
 # File name endings and how to read them. Any mixture is fine: only the text leaves the reader.
-_READERS: dict[str, Callable[[str, str], Iterator[str]]] = {
+_READERS: dict[str, Callable[[str, str, int, int], Documents]] = {
     ".txt": _read_text,
     ".py": _read_source_code,
     ".jsonl": _read_json_lines,
@@ -98,21 +123,23 @@ def _suffix(path: str) -> str | None:
     return next((suffix for suffix in _READERS if path.endswith(suffix)), None)
 
 
-def read_documents(path: str, text_field: str) -> Iterator[str]:
+def read_documents(path: str, text_field: str, start: int = 0, step: int = 1) -> Documents:
     """The documents of one file, in its order.
 
     Args:
         path: A local file; an ending that is not known is read as plain text.
         text_field: Key (JSON lines) or column (Parquet) that holds the text.
+        start: Number of the first document wanted; they count from 0, and blank lines do not count.
+        step: Every how-manieth from there on.
 
     Yields:
-        One text per file, line or row, depending on the kind.
+        Number and text: one per file, line or row, depending on the kind.
 
     Raises:
         DataError: If the file is broken or has no such key or column.
     """
     try:
-        yield from _READERS[_suffix(path) or ".txt"](path, text_field)
+        yield from _READERS[_suffix(path) or ".txt"](path, text_field, start, step)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}); check the path and its rights.") from None
 
@@ -133,8 +160,8 @@ def name_documents(paths: list[str], text_field: str) -> tuple[list[str], list[s
     names: list[str] = []
     texts: list[str] = []
     for path in paths:
-        for number, text in enumerate(read_documents(path, text_field), start=1):
-            names.append(path if _suffix(path) in _WHOLE_FILES else f"{path}:{number}")
+        for number, text in read_documents(path, text_field):
+            names.append(path if _suffix(path) in _WHOLE_FILES else f"{path}:{number + 1}")
             texts.append(text)
     return names, texts
 

@@ -1,166 +1,156 @@
-"""From documents to batches: the endless training stream, and the sized loader around it.
+"""The sized loader around batches that know where they come from, and the endless stream of training batches.
 
-B = sequences in a batch, T = sequence length. A batch is a dict of int64 tensors: "input_ids" (B, T), "labels" (B, T)
-where labels[:, i] is the token after input_ids[:, i] or -100, and "bytes" (B,), the UTF-8 bytes of the labels' text.
-Stands on `packing`, `tokenizer`, `sources` and `errors`.
+Stands on `lanes`, `vocabulary` and `errors`.
 """
 
 import os
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import count, islice
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, TypeVar
 
-import datasets
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_multinorm.data.errors import DataError
-from lightning_multinorm.data.packing import IGNORED, Tokens, join, pack
-from lightning_multinorm.data.sources import rank_share, shuffle_shards
-from lightning_multinorm.data.tokenizer import encode, end_of_text_id, token_byte_lengths
+from lightning_multinorm.data.lanes import Lane, Packing, Place, pools
+from lightning_multinorm.data.packing import Tokens
+from lightning_multinorm.data.shards import Shards
+from lightning_multinorm.data.vocabulary import Batch, Vocabulary
 
-Batch = dict[str, Tensor]
+T = TypeVar("T")
+Places = dict[int, Place]
+"""Where the next batch of each of a rank's workers comes from; a worker without one begins at the beginning."""
 
-_DOCUMENTS_AT_ONCE = 32  # enough for the tokenizer's threads, little enough that the first batch comes soon
-
-
-class Vocabulary:
-    """A tokenizer with what rows need to know of it, worked out once."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.end_of_text = end_of_text_id(tokenizer)
-        self.byte_lengths = token_byte_lengths(tokenizer)
-
-    def stream(self, texts: list[str]) -> Tokens:
-        """Tokens of several documents, each followed by end-of-text."""
-        return join(encode(self.tokenizer, texts), self.end_of_text)
-
-    def batch(self, rows: Tokens) -> Batch:
-        """Inputs, shifted labels and byte counts of rows.
-
-        Args:
-            rows: Shape (B, T + 1); `IGNORED` where there is no token.
-
-        Returns:
-            The batch described at the head of this file.
-        """
-        tokens = torch.from_numpy(rows)
-        labels = tokens[:, 1:].contiguous()
-        inputs = tokens[:, :-1].clone()
-        inputs[inputs == IGNORED] = self.end_of_text  # any valid id: nothing is predicted from it
-        sizes = torch.where(labels == IGNORED, 0, self.byte_lengths[labels.clamp(min=0)])
-        return {"input_ids": inputs, "labels": labels, "bytes": sizes.sum(dim=1)}
-
-
-def groups(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Documents in groups for the tokenizer."""
-    while group := list(islice(texts, _DOCUMENTS_AT_ONCE)):
-        yield group
+PLACE = "place"
+"""Key under which a batch brings along its `Place`; taken out before the model sees it."""
+_AHEAD = 2  # batches made while the model is busy
 
 
 class Batches(IterableDataset[Batch]):
     """Whole batches in a fixed number, made in this process or in a `DataLoader`'s workers."""
 
+    done: int = 0
+    """Batches that are not to come in the next iteration, from the beginning."""
+
     @abstractmethod
     def __len__(self) -> int:
-        """Batches in all."""
+        """Batches in all, those which are done included."""
 
     @abstractmethod
-    def start_after(self, done: int, workers: int) -> int:
-        """Leave out the first batches in the iterations to come.
+    def batches(self, done: int) -> Iterator[Batch]:
+        """Those batches after the first ``done`` ones that are this worker's."""
 
-        Args:
-            done: How many.
-            workers: Worker processes that will iterate; 0 for none.
+    def go_on(self, done: int, places: Places) -> None:
+        """Begin the next iteration after ``done`` batches, of which the last ones came from these places."""
+        self.done = done
 
-        Returns:
-            How many of them come all the same, at the beginning, and are to be thrown away.
-        """
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches(self.done)
 
 
 @dataclass(eq=False)
 class TrainingBatches(Batches):
     """A fixed number of batches out of documents repeated for as many epochs as that takes.
 
-    The stream is a function of the arguments alone; batch k comes from worker k mod workers. After a resume the
-    stream is replayed up to `skip`, which is exact and costs the time to tokenise what was trained on.
+    The stream is a function of the arguments alone; batch k comes from worker k mod workers, each of which reads a
+    share of the documents of its own.
 
     Attributes:
-        documents: The training documents.
+        shards: The training documents.
         vocabulary: How to make tokens of them.
         sequence_length: T.
         batch_size: B.
-        batches: Batches in all, the skipped ones included; split over the workers.
+        total: Batches in all.
         rank: This process among those that see different data.
         world_size: Number of these.
         seed: Of the shard order and the mixing.
         mix_rows: Rows that are shuffled together before they are cut into batches; 0 for the order of the documents.
-        skip: Batches not to be yielded, from the beginning; rounded down to a multiple of the number of workers.
+        packing: How rows are made of documents.
+        workers: Worker processes that will iterate; 1 if this process does.
+        places: Where each of them goes on.
     """
 
-    documents: datasets.IterableDataset
+    shards: Shards
     vocabulary: Vocabulary
     sequence_length: int
     batch_size: int
-    batches: int
+    total: int
     rank: int = 0
     world_size: int = 1
     seed: int = 0
     mix_rows: int = 0
-    skip: int = 0
+    packing: Packing = "stream"
+    workers: int = 1
+    places: Places = field(default_factory=dict)
 
     @override
     def __len__(self) -> int:
-        return self.batches
+        return self.total
 
     @override
-    def start_after(self, done: int, workers: int) -> int:
-        self.skip = done
-        return done % max(1, workers)  # workers start together, at a full round
+    def go_on(self, done: int, places: Places) -> None:
+        self.done, self.places = done, places
 
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        own = len(range(index, self.batches, workers))
-        for rows in islice(self._batches_of_rows(), self.skip // workers, own):
-            yield self.vocabulary.batch(rows)
+    def identity(self) -> dict[str, Any]:
+        """All that decides which batch comes at which step, but the shards and the tokenizer themselves."""
+        names = ("world_size", "batch_size", "sequence_length", "packing", "mix_rows", "seed")
+        return {**{name: getattr(self, name) for name in names}, "num_workers": self.workers}
 
-    def _batches_of_rows(self) -> Iterator[Tokens]:
-        ready: list[Tokens] = []
-        rest = np.empty(0, dtype=np.int64)
-        for texts in self._groups_of_documents():
-            rows, rest = pack(np.concatenate([rest, self.vocabulary.stream(texts)]), self.sequence_length)
-            ready.append(rows)
-            if sum(map(len, ready)) >= max(self.batch_size, self.mix_rows):
-                pool = np.concatenate(ready)
-                if self.mix_rows:
-                    # A function of what is mixed, so that a replayed stream is mixed alike.
-                    np.random.default_rng((self.seed, len(pool), int(pool.sum()))).shuffle(pool)
-                full = len(pool) - len(pool) % self.batch_size
-                yield from pool[:full].reshape(-1, self.batch_size, self.sequence_length + 1)
-                ready = [pool[full:]]
+    def position(self, worker: int, place: Place) -> dict[str, Any]:
+        """Where a batch comes from, in plain numbers, and the name of the shard."""
+        shard = self.lane(worker).order(place.epoch)[place.shard]
+        return {"rank": self.rank, "worker": worker, "place": place.state(), "shard": self.shards.names[shard]}
 
-    def _groups_of_documents(self) -> Iterator[list[str]]:
-        shuffled = shuffle_shards(self.documents, self.seed)
-        for epoch in count():
-            share = rank_share(shuffled, self.rank, self.world_size)
-            share.set_epoch(epoch)
-            empty = True
-            for texts in groups(example["text"] for example in share):
-                empty = False
-                yield texts
-            if empty:
-                raise DataError(
-                    f"rank {self.rank} of {self.world_size} found no training document; give more files in "
-                    "--data.source, lower --data.validation_fraction, or use fewer ranks and --data.num_workers."
-                )
+    def replay(self, position: dict[str, Any]) -> Batch:
+        """The batch of a position, of whatever rank."""
+        stream = replace(self, rank=position["rank"])
+        batch = next(stream.from_place(position["worker"], Place(*position["place"])))
+        return {name: value for name, value in batch.items() if name != PLACE}
+
+    def lane(self, worker: int) -> Lane:
+        """The documents of one of this rank's workers."""
+        return Lane(self.shards, self.seed, self.rank * self.workers + worker, self.world_size * self.workers)
+
+    @override
+    def batches(self, done: int) -> Iterator[Batch]:
+        process = get_worker_info()
+        # A `DataLoader` asks its processes in turn and begins with the first, wherever a resumed run's turn is.
+        worker = (done + (process.id if process else 0)) % self.workers
+        own = len(range(done + (process.id if process else 0), self.total, self.workers))
+        yield from islice(self.from_place(worker, self.places.get(worker, Place())), own)
+
+    def from_place(self, worker: int, start: Place) -> Iterator[Batch]:
+        """A worker's batches from a place on, each with its place under the key `PLACE`, without end."""
+        rows = self.batch_size * max(1, -(-self.mix_rows // self.batch_size))
+        first = start.batch
+        for place, pool in pools(
+            self.lane(worker), self.vocabulary, self.sequence_length, rows, self.packing, replace(start, batch=0)
+        ):
+            if self.mix_rows:
+                np.random.default_rng((self.seed, *place.state())).shuffle(pool)
+            cut: Tokens = pool.reshape(-1, self.batch_size, pool.shape[1])
+            for number in range(first, len(cut)):
+                yield {**self.vocabulary.batch(cut[number]), PLACE: replace(place, batch=number)}  # type: ignore[dict-item]
+            first = 0
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, made by a thread while this one is busy; its errors come when their item would."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        coming = deque(thread.submit(next, items, end) for _ in range(_AHEAD))
+        try:
+            while (item := coming.popleft().result()) is not end:
+                coming.append(thread.submit(next, items, end))
+                yield item  # type: ignore[misc]  # `end` has been told apart
+        finally:
+            thread.shutdown(cancel_futures=True)
 
 
 def _one_thread(worker: int) -> None:
@@ -172,7 +162,7 @@ class BatchLoader:
     """What the Trainer iterates over: sized, so that Lightning fetches nothing ahead and knows the end.
 
     Not a `DataLoader` itself: Lightning would warn on every run that an iterable dataset with a length might be wrong,
-    and that few workers may be slow, which one tokenising process of a million tokens a second is not.
+    and that few workers may be slow, which one tokenising thread of a million tokens a second is not.
 
     Its length counts all batches from the very beginning, also after a resume, because Lightning goes on with its own
     counter; the iterator yields only those which are still to come. It has a state for the same reason: to Lightning a
@@ -185,19 +175,24 @@ class BatchLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         consumed: Callable[[], int] = lambda: 0,
+        resumed: tuple[int, Places] | None = None,
     ) -> None:
         """Wrap a dataset.
 
         Args:
-            dataset: What to make in the workers.
-            num_workers: Processes to make them in.
+            dataset: What to make.
+            num_workers: Processes to make it in; 0 for a thread of this one.
             pin_memory: Whether batches go to page-locked memory.
             consumed: Number of batches the Trainer is done with; asked when the first batch is wanted.
+            resumed: Number of batches that a checkpoint was done with, and from where its workers go on.
         """
         self._batches = dataset  # under the name `dataset` Lightning would find it, and warn
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self._consumed = consumed
+        self._places: dict[int, Places] = {0: {}, **({resumed[0]: resumed[1]} if resumed else {})}
+        self.last_places: dict[int, tuple[int, Place]] = {}
+        """Worker and place of the last two batches, by the number of batches with which each is done."""
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -211,16 +206,49 @@ class BatchLoader:
                 f"all {len(self)} batches are used up after {done}, but the Trainer wants more; "
                 "set --trainer.max_steps to a larger number."
             )
-        surplus = self._batches.start_after(done, self.num_workers)
-        loader = DataLoader(
+        places = self.places(done)
+        self._batches.go_on(done, places)
+        for number, batch in enumerate(self._made(), start=done):
+            place = batch.pop(PLACE, None)
+            if isinstance(place, Place):
+                worker = number % max(1, self.num_workers)
+                places = {**places, worker: replace(place, batch=place.batch + 1)}
+                self.last_places = {k: v for k, v in self.last_places.items() if k == number}
+                self.last_places[number + 1] = worker, place
+            # The Trainer may be done with the batch before this one, or with this one, when it asks for the places.
+            self._places = {0: {}, number: self._places.get(number, {}), number + 1: places}
+            yield batch
+
+    def _made(self) -> Iterator[Batch]:
+        if self.num_workers == 0:
+            yield from _ahead(map(self._pinned, self._batches))
+            return
+        yield from DataLoader(
             self._batches,
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
-            worker_init_fn=_one_thread if self.num_workers else None,
+            worker_init_fn=_one_thread,
             generator=torch.Generator(),  # its seed for workers is not to be drawn from the model's random numbers
         )
-        yield from islice(loader, surplus, None)
+
+    def _pinned(self, batch: Batch) -> Batch:
+        if not self.pin_memory:
+            return batch
+        return {name: value.pin_memory() if name != PLACE else value for name, value in batch.items()}
+
+    def places(self, done: int) -> Places:
+        """Where each worker goes on after ``done`` batches: known of the last two, and of where training began.
+
+        Raises:
+            DataError: If it is not known.
+        """
+        if done not in self._places:
+            raise DataError(
+                f"the place in the data after {done} batches is not known; resume from a checkpoint that "
+                "TextDataModule has written, or start anew from the weights alone."
+            )
+        return self._places[done]
 
     def state_dict(self) -> dict[str, Any]:
         """The number of batches consumed, the same on every rank."""

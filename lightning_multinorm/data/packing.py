@@ -68,6 +68,42 @@ def pack_all(stream: Tokens, sequence_length: int) -> Tokens:
     return np.concatenate([rows, last])
 
 
+def pad(documents: Sequence[Sequence[int]], sequence_length: int, end_of_text: int) -> Tokens:
+    """The papers' rows: one for each document, cut off at T tokens, the end-of-text among them, or filled up.
+
+    Args:
+        documents: Token ids of each document.
+        sequence_length: T.
+        end_of_text: Id put after each of them.
+
+    Returns:
+        Shape (documents, T + 1): at most T tokens, then `IGNORED`, so that at most T - 1 are predicted, as where a
+        model shifts T tokens against themselves.
+    """
+    rows = np.full((len(documents), sequence_length + 1), IGNORED, dtype=np.int64)
+    for row, document in zip(rows, documents, strict=True):
+        kept = document[: sequence_length - 1]
+        row[: len(kept)] = kept
+        row[len(kept)] = end_of_text
+    return rows
+
+
+def restarting_positions(tokens: Tokens, end_of_text: int) -> Tokens:
+    """Positions that begin anew at each end-of-text, by which attention tells documents apart.
+
+    The end-of-text before a document is its beginning: its first token is predicted from that alone.
+
+    Args:
+        tokens: Shape (B, T).
+        end_of_text: The id.
+
+    Returns:
+        Shape (B, T), 0 at the first token of each row.
+    """
+    index = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    return index - np.maximum.accumulate(np.where(tokens == end_of_text, index, 0), axis=1)
+
+
 def share_of_rank(rows: Tokens, rank: int, world_size: int) -> Tokens:
     """Every `world_size`-th row, filled up with rows of `IGNORED` to the same number on each rank.
 

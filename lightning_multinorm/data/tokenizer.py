@@ -137,28 +137,24 @@ def load_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text and nothing added.
+def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy of a tokenizer that makes ids of text and adds nothing.
 
     A text that happens to spell a special token ("</s>") is text: otherwise a document could end itself, or produce
     ids such as T5's sentinels which the model has no row for.
 
     Args:
         tokenizer: A fast tokenizer.
-        texts: Any number of documents.
 
     Returns:
-        One list of ids per text.
+        One whose settings nobody changes, so that threads can share it; longer documents than the tokenizer's model
+        takes are not cut off.
     """
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # documents longer than the tokenizer's model are cut into rows later
-    )
-    return encoded["input_ids"]
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -224,6 +220,6 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def identify(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short hash of the vocabulary and the end-of-text id, to notice another tokenizer on resume."""
-    vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), end_of_text_id(tokenizer)])
-    return hashlib.blake2b(vocabulary.encode(), digest_size=8).hexdigest()
+    """A short hash of all that decides a text's ids and its end-of-text, to notice another tokenizer on resume."""
+    settings = [json.loads(plain_backend(tokenizer).to_str()), end_of_text_id(tokenizer)]
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -42,7 +42,8 @@ class LlamaPretraining(LightningModule):
     """Pretrains transformers' `LlamaForCausalLM` on packed rows of tokens.
 
     A batch is a dictionary with "input_ids" (B, T), "labels" (B, T), already shifted, -100 where nothing is to be
-    predicted, and optionally "bytes" (B,), the UTF-8 length of the text that the labels stand for.
+    predicted, and optionally "bytes" (B,), the UTF-8 length of the text that the labels stand for, and "position_ids"
+    (B, T), which restart where attention is not to look further back.
 
     Logs ``train/loss`` in nats per token, and ``val/loss``, ``val/perplexity``, ``val/bits_per_byte`` (``test/...``
     likewise), exact over batches and ranks.
@@ -130,14 +131,14 @@ class LlamaPretraining(LightningModule):
                 f"model.config.max_position_embeddings={config.max_position_embeddings}; change one of them"
             )
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits (B, T, vocabulary) for tokens (B, T)."""
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Logits (B, T, vocabulary) for tokens (B, T); positions that restart keep attention inside documents."""
         assert self.model is not None, "configure_model() has not run"
-        return self.model(input_ids=input_ids, use_cache=False).logits
+        return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss per predicted token."""
-        losses = token_losses(self(batch["input_ids"]), batch["labels"])
+        losses = self._losses(batch)
         loss = losses.sum() / (batch["labels"] != IGNORE).sum()
         self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
@@ -160,7 +161,7 @@ class LlamaPretraining(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Per row: its "document" and the "nats", "tokens" and "bytes" of what it predicts, each (B,)."""
-        losses = token_losses(self(batch["input_ids"]), batch["labels"])
+        losses = self._losses(batch)
         return {
             "document": batch["document"],
             "nats": losses.sum(-1, dtype=torch.float64),
@@ -253,8 +254,12 @@ class LlamaPretraining(LightningModule):
             kwargs |= {"size": None, "config": {k: v for k, v in saved.items() if k in config_fields()}}
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
+    def _losses(self, batch: Batch) -> Tensor:
+        """Nats of every label (B, T)."""
+        return token_losses(self(batch["input_ids"], batch.get("position_ids")), batch["labels"])
+
     def _evaluate(self, metric: TokenLoss, batch: Batch) -> None:
-        metric.update(token_losses(self(batch["input_ids"]), batch["labels"]), batch["labels"], batch.get("bytes"))
+        metric.update(self._losses(batch), batch["labels"], batch.get("bytes"))
 
     def _log_evaluation(self, stage: str, metric: TokenLoss) -> None:
         values = {f"{stage}/{name}": value.float() for name, value in metric.compute().items()}

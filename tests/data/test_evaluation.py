@@ -8,9 +8,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lightning_multinorm.data.evaluation import MemoryBatches, document_rows, held_out_rows
-from lightning_multinorm.data.loader import Vocabulary
 from lightning_multinorm.data.packing import IGNORED, share_of_rank
-from lightning_multinorm.data.tokenizer import encode
+from lightning_multinorm.data.vocabulary import Vocabulary
 
 from .texts import make_texts
 
@@ -68,7 +67,7 @@ def test_each_token_of_a_document_is_predicted_once(vocabulary: Vocabulary) -> N
     texts = ["", *make_texts(40, seed=7), "", "sink"]
     rows, owners = document_rows(texts, vocabulary, T)
     assert len(rows) == len(owners)
-    for index, ids in enumerate(encode(vocabulary.tokenizer, texts)):
+    for index, ids in enumerate(vocabulary.encode(texts)):
         own = rows[owners == index]
         assert labels_of(own) == ids
         assert len(own) == -(-len(ids) // T)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lightning_multinorm.data import files
 from lightning_multinorm.data.errors import DataError
 from lightning_multinorm.data.files import find_files, name_documents, read_documents, stdlib_files
 
@@ -36,21 +37,21 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 def test_documents_of_a_file_of_many(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"data{suffix}"
     WRITERS[suffix](path)
-    assert list(read_documents(str(path), "text")) == DOCUMENTS
+    assert list(read_documents(str(path), "text")) == list(enumerate(DOCUMENTS))
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".py", ".md"])
 def test_a_text_file_is_one_document(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"data{suffix}"
     path.write_text(DOCUMENTS[0], encoding="utf-8")
-    assert list(read_documents(str(path), "text")) == [DOCUMENTS[0]]
+    assert list(read_documents(str(path), "text")) == [(0, DOCUMENTS[0])]
 
 
 def test_text_field_names_the_key_or_column(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json_lines("content"))
     pq.write_table(pa.table({"content": DOCUMENTS}), tmp_path / "b.parquet")
     for name in ("a.jsonl", "b.parquet"):
-        assert list(read_documents(str(tmp_path / name), "content")) == DOCUMENTS
+        assert list(read_documents(str(tmp_path / name), "content")) == list(enumerate(DOCUMENTS))
         with pytest.raises(DataError, match=rf"{name}.*'text' \(found: content.*--data.text_field"):
             list(read_documents(str(tmp_path / name), "text"))
 
@@ -76,7 +77,29 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, messa
 
 def test_blank_lines_are_no_documents(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n" + json_lines() + "  \n")
-    assert list(read_documents(str(tmp_path / "a.jsonl"), "text")) == DOCUMENTS
+    assert list(read_documents(str(tmp_path / "a.jsonl"), "text")) == list(enumerate(DOCUMENTS))
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_reading_begins_anywhere(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"data{suffix}"
+    WRITERS[suffix](path)
+    every = list(read_documents(str(path), "text"))
+    for start, step in [(0, 1), (1, 1), (0, 2), (1, 3), (7, 1)]:
+        assert list(read_documents(str(path), "text", start, step)) == every[start::step]
+
+
+def test_lines_that_are_not_wanted_are_not_parsed(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('not JSON\n{"text": "wanted"}\n')
+    assert list(read_documents(str(tmp_path / "a.jsonl"), "text", 1)) == [(1, "wanted")]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_too_long_a_document_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LONGEST", 2**20)
+    (tmp_path / name).write_text('{"text": "' + "a" * 2**20 + '"}\n')
+    with pytest.raises(DataError, match=rf"{name}.* is a document of more than 1 MiB.*split it"):
+        list(read_documents(str(tmp_path / name), "text"))
 
 
 def test_missing_file_is_named() -> None:

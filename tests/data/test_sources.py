@@ -1,34 +1,29 @@
-"""Sources: the held-out split, shard order, and every document exactly once over ranks and workers."""
+"""Sources: the held-out split, files here and elsewhere, C4."""
 
+import functools
+import http.server
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, IterableDataset
-from torch.utils.data import DataLoader
+from datasets import Dataset
 
 from lightning_multinorm.data import sources
 from lightning_multinorm.data.errors import DataError
-from lightning_multinorm.data.sources import is_held_out, open_corpus, rank_share, shuffle_shards
+from lightning_multinorm.data.shards import Shards, StreamedShards, is_held_out
+from lightning_multinorm.data.sources import open_corpus
 
 from .texts import make_texts, write_shards
 
-# Whether torch finds the workers too many depends on the machine, not on what is tested.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
-
-def read(documents: IterableDataset) -> list[str]:
-    return [example["text"] for example in documents]
-
-
-def read_with_workers(documents: IterableDataset, workers: int) -> list[str]:
-    return [example["text"] for example in DataLoader(documents, batch_size=None, num_workers=workers)]
+def read(shards: Shards) -> list[str]:
+    return list(shards.texts())
 
 
 # -- the held-out split ----------------------------------------------------------------------------------------------
@@ -43,7 +38,7 @@ def test_split_by_document_is_disjoint_and_complete(shards: Path, texts: list[st
 
 def test_split_is_the_same_in_another_process(texts: list[str]) -> None:
     code = (
-        "import sys; from lightning_multinorm.data.sources import is_held_out\n"
+        "import sys; from lightning_multinorm.data.shards import is_held_out\n"
         "print([is_held_out(text, 0.2) for text in sys.argv[1:]])"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "123", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -98,83 +93,9 @@ def test_wrong_text_field_fails_at_once(shards: Path) -> None:
 def test_standard_library_is_a_source() -> None:
     corpus = open_corpus("stdlib", validation_fraction=0.02)
     held_out = read(corpus.held_out)
-    assert corpus.train.num_shards > 300
+    assert len(corpus.train) > 300
     assert 1 <= len(held_out) < 60
     assert not set(held_out) & set(read(corpus.train))
-
-
-# -- order and shares ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", params=[4, 5])
-def stream(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[IterableDataset, list[str]]:
-    """C4-shaped shards of unequal length, and their documents."""
-    folder = tmp_path_factory.mktemp("shards")
-    texts = make_texts(83, seed=request.param)
-    write_shards(folder, texts, request.param)
-    (folder / "held.txt").write_text("held out")
-    corpus = open_corpus(str(folder / "*.json.gz"), validation_files=str(folder / "held.txt"))
-    return corpus.train, texts
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_every_document_once_per_epoch(
-    stream: tuple[IterableDataset, list[str]], world_size: int, workers: int, epoch: int
-) -> None:
-    documents, texts = stream
-    seen: list[str] = []
-    for rank in range(world_size):
-        share = rank_share(shuffle_shards(documents, seed=7), rank, world_size)
-        share.set_epoch(epoch)
-        own = read_with_workers(share, workers)
-        assert own  # no rank goes without
-        seen += own
-    assert Counter(seen) == Counter(texts)
-
-
-def test_few_shards_are_shared_document_by_document(stream: tuple[IterableDataset, list[str]]) -> None:
-    for world_size in (2, 3):
-        sizes = [len(read(rank_share(stream[0], rank, world_size))) for rank in range(world_size)]
-        assert max(sizes) - min(sizes) <= 1  # dealt whole, 5 shards would give one rank much more of each epoch
-
-
-def test_many_shards_are_dealt_whole(tmp_path: Path) -> None:
-    texts = make_texts(70, seed=2)
-    for i, text in enumerate(texts):
-        (tmp_path / f"{i:02d}.txt").write_text(text, encoding="utf-8")
-    documents = open_corpus(str(tmp_path), validation_files=str(tmp_path / "00.txt")).train
-    shares = [rank_share(documents, rank, 3) for rank in range(3)]
-    assert [share.num_shards for share in shares] == [24, 23, 23]  # no rank opens another one's files
-    assert Counter(text for share in shares for text in read(share)) == Counter(texts)
-
-
-def test_shard_order_depends_on_seed_and_epoch_alone(stream: tuple[IterableDataset, list[str]]) -> None:
-    documents, texts = stream
-
-    def order(seed: int, epoch: int) -> list[str]:
-        share = rank_share(shuffle_shards(documents, seed), 0, 1)
-        share.set_epoch(epoch)
-        return read(share)
-
-    orders = {(seed, epoch): order(seed, epoch) for seed in range(3) for epoch in range(3)}
-    assert orders[1, 2] == order(1, 2)
-    assert len({tuple(order) for order in orders.values()}) >= 5  # few shards have few orders
-    # Within a shard documents keep their order, and shards are not interleaved.
-    first = orders[0, 0]
-    count = documents.num_shards
-    shard_of = [texts.index(text) % count for text in first]
-    assert sum(a != b for a, b in pairwise(shard_of)) == count - 1
-
-
-def test_epoch_of_one_share_does_not_move_another(stream: tuple[IterableDataset, list[str]]) -> None:
-    shuffled = shuffle_shards(stream[0], seed=0)
-    before = read(rank_share(shuffled, 0, 1))
-    rank_share(shuffled, 0, 1).set_epoch(5)
-    assert read(rank_share(shuffled, 0, 1)) == before
 
 
 # -- C4 --------------------------------------------------------------------------------------------------------------
@@ -193,22 +114,82 @@ def test_c4_that_fails_later_says_why_in_one_sentence(monkeypatch: pytest.Monkey
         raise ConnectionError("Too many requests.\nRead the documentation.")
 
     monkeypatch.setattr(sources, "hub_is_reachable", lambda: True)
-    monkeypatch.setattr(sources, "load_dataset", fail)
+    monkeypatch.setattr(sources, "load_dataset_builder", fail)
     with pytest.raises(DataError, match=r"failed \(ConnectionError: Too many requests\): train on") as caught:
         open_corpus("c4")
     assert caught.value.__suppress_context__
 
 
-def test_c4_asks_for_its_own_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Any, ...]] = []
+def test_c4_is_its_own_files_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
 
-    def load(*args: Any, split: str, streaming: bool) -> IterableDataset:
-        asked.append((*args, split, streaming))
-        return Dataset.from_list([{"text": split, "timestamp": "t", "url": "u"}]).to_iterable_dataset()
+    class Builder:
+        def __init__(self, kind: str, data_files: dict[str, list[str]]) -> None:
+            asked.append((kind, *data_files["train"]))
+            self.config = self
+            self.data_files = data_files
+
+        def as_streaming_dataset(self, split: str) -> Any:
+            return Dataset.from_list([{"text": self.data_files[split][0]}]).to_iterable_dataset()
 
     monkeypatch.setattr(sources, "hub_is_reachable", lambda: True)
-    monkeypatch.setattr(sources, "load_dataset", load)
+    monkeypatch.setattr(sources, "load_dataset_builder", Builder)
     corpus = open_corpus("c4")
-    assert asked == [("allenai/c4", "en", "train", True), ("allenai/c4", "en", "validation", True)]
-    assert list(corpus.train) == [{"text": "train"}]
-    assert list(corpus.held_out) == [{"text": "validation"}]
+    train, validation = (f"hf://datasets/allenai/c4/en/c4-{part}.*.json.gz" for part in ("train", "validation"))
+    assert asked == [("json", train), ("json", validation)]
+    assert (read(corpus.train), read(corpus.held_out)) == ([train], [validation])
+
+
+# -- elsewhere -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(shards: Path) -> Iterator[str]:
+    """The address of a real web server that has the shards."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=shards)) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+
+
+def test_addresses_are_streamed_like_files(server: str, shards: Path) -> None:
+    files = sorted(path.name for path in shards.iterdir())
+    here, there = open_corpus(str(shards)), open_corpus([f"{server}/{name}" for name in files])
+    assert isinstance(there.train, StreamedShards)
+    assert (read(there.train), read(there.held_out)) == (read(here.train), read(here.held_out))
+    assert list(there.train.documents(2, 5, 3)) == list(here.train.documents(2, 5, 3))
+    assert there.fingerprint == open_corpus([f"{server}/./{name}" for name in files]).fingerprint
+
+
+def test_an_address_without_a_file_is_explained(server: str) -> None:
+    with pytest.raises(DataError, match=r"nothing.json.gz.* could not be opened \(FileNotFoundError") as caught:
+        open_corpus([f"{server}/nothing.json.gz"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shard_that_is_gone_later_is_named(shards: Path, tmp_path: Path) -> None:
+    file = tmp_path / "gone.json.gz"
+    file.write_bytes(sorted(shards.iterdir())[0].read_bytes())
+    train = open_corpus([f"file://{file}"]).train
+    file.unlink()
+    with pytest.raises(DataError, match=r"gone.json.gz could not be read .*--ckpt_path last") as caught:
+        read(train)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "remedy"),
+    [
+        (["http://127.0.0.1/a.json.gz", "texts"], "mixes local files with addresses"),
+        (["http://127.0.0.1/a.csv"], "must all be JSON lines or all Parquet"),
+        (["http://127.0.0.1/a.json", "http://127.0.0.1/a.parquet"], "must all be JSON lines or all Parquet"),
+    ],
+)
+def test_addresses_that_cannot_be_streamed_are_refused(source: list[str], remedy: str) -> None:
+    with pytest.raises(DataError, match=remedy):
+        open_corpus(source)

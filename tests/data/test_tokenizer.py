@@ -16,11 +16,11 @@ from lightning_multinorm.data import tokenizer as module
 from lightning_multinorm.data.errors import DataError
 from lightning_multinorm.data.tokenizer import (
     END_OF_TEXT,
-    encode,
     end_of_text_id,
     identify,
     largest_text_id,
     load_tokenizer,
+    plain_backend,
     token_byte_lengths,
 )
 
@@ -36,6 +36,11 @@ AWKWARD = [
     "\x00\x7f\x80 \u2028",
     "  two  spaces ",
 ]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    encodings = plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
 def random_unicode(seed: int) -> str:

@@ -113,6 +113,7 @@ def test_end_of_training_must_be_known(tmp_path: Path, make_data: Any) -> None:
     [
         ("batch_size", 2),
         ("sequence_length", 8),
+        ("packing", "paper"),
         ("vocab_size", 310),
         ("num_workers", 2),
         ("seed", 5),
@@ -137,9 +138,17 @@ def test_another_world_size_is_refused_on_resume(tmp_path: Path, make_data: Any)
         train(tmp_path, make_data(), tmp_path / "four.ckpt", max_steps=2)
 
 
-def test_more_workers_than_files_are_cut_with_a_warning(tmp_path: Path, make_data: Any, shards: Path) -> None:
+def test_more_workers_than_files_share_them(tmp_path: Path, make_data: Any, shards: Path) -> None:
     files = [str(path) for path in sorted(shards.iterdir())[:2]]
-    data = make_data(source=files, num_workers=3)
-    with pytest.warns(UserWarning, match=r"num_workers is 3, but a rank has 2 file"):
-        model, _ = train(tmp_path, data, max_steps=3)
-    assert len(model.seen) == 3
+    model, _ = train(tmp_path, make_data(source=files, num_workers=3), max_steps=3)
+    rows = [tuple(row) for batch in model.seen for row in batch]
+    assert len(set(rows)) == len(rows) == 3 * 4
+
+
+def test_a_trained_batch_can_be_replayed(tmp_path: Path, make_data: Any) -> None:
+    data = make_data()
+    model, _ = train(tmp_path, data, max_steps=5)
+    for batches in (4, 5):
+        position = data.batch_position(batches)
+        assert data.replay(position)["input_ids"].tolist() == model.seen[batches - 1]
+    assert data.batch_position(3) is data.batch_position(6) is None

@@ -50,7 +50,7 @@ def run(folder: Path, source: str) -> dict[str, Any]:
     trainer.fit(rest, data, ckpt_path=folder / "step=2.ckpt")
     trainer, data = make(enable_checkpointing=False)
     trainer.validate(validated, data, verbose=False)
-    held_out = [example["text"] for example in data.corpus.held_out]
+    held_out = list(data.corpus.held_out.texts())
     return {
         "rank": trainer.global_rank,
         "whole": whole.seen,
