@@ -8,6 +8,14 @@ from reference.golden import SINKHORN, WHITENED, Golden, load
 
 torch.set_num_threads(1)  # the matrices here are small: threads would mostly wait for each other
 
+LONGEST = ("test_worlds.py", "test_readme.py", "test_resume.py", "test_strategies.py", "test_triton.py")
+"""Files that take a minute or more: begun first, so that no core is left alone with them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(params=SINKHORN)
 def golden_sinkhorn(request: pytest.FixtureRequest) -> Golden:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from parts import LENGTH, Recorder, loader, tiny_llama, trainer
+from torch.utils.data import DataLoader
 
 from lightning_multinorm.callbacks import DocumentPerplexity, RunSummary, Throughput, TrainingProgress
 from lightning_multinorm.callbacks.progress import duration, quantity
 from lightning_multinorm.errors import UsageError
+from lightning_multinorm.llama.loss import IGNORE
 
 TOKENS = 4 * LENGTH  # in a batch of `loader()`
 
@@ -33,13 +35,24 @@ def test_rate_is_of_the_last_batches_alone(monkeypatch: pytest.MonkeyPatch) -> N
     clock = iter([0.0, 1.0, 10.0, 14.0, 20.0, 24.0])
     monkeypatch.setattr("lightning_multinorm.callbacks.throughput.time.perf_counter", lambda: next(clock))
     throughput, rates = Throughput(window=2), []
-    trainer_ = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": 0})
+    strategy = SimpleNamespace(reduce=lambda count, reduce_op: 2 * count)
+    shares = {"num_replicas": 2, "rank": 0}
+    trainer_ = SimpleNamespace(distributed_sampler_kwargs=shares, strategy=strategy, world_size=2)
     module = SimpleNamespace(log_dict=lambda values, on_epoch: rates.append(values["throughput/tokens_per_second"]))
-    batch = {"input_ids": torch.zeros(4, LENGTH)}
+    batch = {"labels": torch.zeros(4, LENGTH)}
     for index in range(3):
         throughput.on_train_batch_start(trainer_, module, batch, index)  # type: ignore[arg-type]
         throughput.on_train_batch_end(trainer_, module, None, batch, index)  # type: ignore[arg-type]
     assert rates == [2 * TOKENS / 1, 4 * TOKENS / 5, 4 * TOKENS / 8]
+
+
+def test_filling_is_no_token(tmp_path: Path) -> None:
+    throughput = Throughput()
+    rows = [{**batch, "labels": batch["labels"].clone()} for batch in loader()]
+    for batch in rows:
+        batch["labels"][:, LENGTH // 2 :] = IGNORE
+    trainer(tmp_path, 3, callbacks=[throughput]).fit(tiny_llama(), DataLoader(rows, batch_size=None))
+    assert throughput.tokens == 3 * 4 * (LENGTH // 2)
 
 
 def test_a_run_without_a_terminal_prints_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
