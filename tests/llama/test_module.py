@@ -4,11 +4,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from parts import LENGTH, TINY, Recorder, Rows, loader, tiny_llama, trainer
 
 from lightning_multinorm import LlamaPretraining, SinkGD
+from lightning_multinorm.data.packing import restarting_positions
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.schedules import WarmupCosine
 
@@ -138,6 +140,19 @@ def test_checkpoint_loads_with_its_own_configuration(checkpoint: str) -> None:
     reference = initial_model().eval()
     reference.load_state_dict({name.removeprefix("model."): value for name, value in saved.items()})
     assert torch.equal(module(tokens), reference(tokens).logits)
+
+
+def test_isolated_documents_do_not_see_each_other() -> None:
+    """In a row of two documents every logit is that of the document alone, behind its end-of-text."""
+    module = tiny_llama()
+    module.configure_model()
+    end, first, second = 0, [5, 9, 3, 7], [8, 8, 2, 61, 30, 4]
+    row = np.array([[end, *first, end, *second]])
+    positions = torch.from_numpy(restarting_positions(row, end))
+    together = module(torch.from_numpy(row), positions)[0]
+    alone = [module(torch.tensor([[end, *document]]))[0] for document in (first, second)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(together, module(torch.from_numpy(row))[0], atol=1e-3)
 
 
 def test_checkpoint_of_another_model_is_refused_by_field(checkpoint: str, tmp_path: Path) -> None:
