@@ -18,12 +18,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_multinorm.callbacks import DocumentPerplexity, NormConvergence, RunSummary, Throughput, TrainingProgress
+from lightning_multinorm.checkpoints.io import CheckpointFiles
 from lightning_multinorm.configurations import resolve_configs
 from lightning_multinorm.data import TextDataModule
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.llama import LlamaPretraining
 from lightning_multinorm.planning.command import Planner
-from lightning_multinorm.strategies import FolderReadingIO
 
 
 class PlanningTrainer(Trainer):
@@ -93,7 +93,7 @@ class MultiNormCLI(LightningCLI):
         if config.trainer.enable_progress_bar is False:
             config.progress.disable()  # Lightning would refuse the combination
         plugins = config.trainer.plugins or []
-        kwargs["plugins"] = [FolderReadingIO(), *(plugins if isinstance(plugins, list) else [plugins])]
+        kwargs["plugins"] = [CheckpointFiles(), *(plugins if isinstance(plugins, list) else [plugins])]
         return super().instantiate_trainer(logger=logger, callbacks=callbacks, enable_progress_bar=True, **kwargs)
 
 
