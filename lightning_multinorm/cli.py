@@ -65,9 +65,10 @@ class MultiNormCLI(LightningCLI):
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         if config.get("ckpt_path") == "last":
-            config.ckpt_path = last_checkpoint(config, self.config.subcommand)
+            path = last_checkpoint(config, self.config.subcommand)
+            config.ckpt_path = None if path is None else str(path)
             if args is None:  # the processes that Lightning starts for other devices take the same
-                sys.argv += ["--ckpt_path", "null" if config.ckpt_path is None else str(config.ckpt_path)]
+                sys.argv += ["--ckpt_path", config.ckpt_path or "null"]
         if self.config.subcommand == "plan":
             self.config.plan.seed_everything = False
 
