@@ -12,18 +12,27 @@ from typing import Any, cast
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_multinorm.callbacks import DocumentPerplexity, NormConvergence, RunSummary, Throughput, TrainingProgress
+from lightning_multinorm.callbacks import (
+    DocumentPerplexity,
+    NormConvergence,
+    RandomState,
+    RunSummary,
+    TerminationCheckpoint,
+    Throughput,
+    TrainingProgress,
+)
+from lightning_multinorm.checkpoints.io import CheckpointFiles
 from lightning_multinorm.configurations import resolve_configs
 from lightning_multinorm.data import TextDataModule
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.llama import LlamaPretraining
 from lightning_multinorm.planning.command import Planner
-from lightning_multinorm.strategies import FolderReadingIO
+from lightning_multinorm.resuming import last_checkpoint
 
 
 class PlanningTrainer(Trainer):
@@ -52,8 +61,14 @@ class MultiNormCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """A plan draws no random number, and says nothing of a seed."""
+        """A plan draws no random number, and says nothing of a seed; the checkpoint "last" gets its path."""
         super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        if config.get("ckpt_path") == "last":
+            path = last_checkpoint(config, self.config.subcommand)
+            config.ckpt_path = None if path is None else str(path)
+            if args is None:  # the processes that Lightning starts for other devices take the same
+                sys.argv += ["--ckpt_path", config.ckpt_path or "null"]
         if self.config.subcommand == "plan":
             self.config.plan.seed_everything = False
 
@@ -61,7 +76,10 @@ class MultiNormCLI(LightningCLI):
         """Sections ``run``, ``checkpoint``, ``norm_convergence``, ``throughput``, ``progress`` and ``perplexity``."""
         parser.add_argument("--run.root", type=str, default="runs", help="Folder that all runs lie in.")
         parser.add_argument("--run.name", type=str, default="llama", help="Folder of this run's versions, in run.root.")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_argument(
+            "--run.background_checkpoints", type=bool, default=False, help="Write checkpoints beside the training."
+        )
+        parser.add_lightning_class_args(TerminationCheckpoint, "checkpoint")
         parser.set_defaults(
             {"checkpoint.monitor": "val/loss", "checkpoint.filename": "best-{step}", "checkpoint.save_last": True}
         )
@@ -83,7 +101,7 @@ class MultiNormCLI(LightningCLI):
         logger = config.trainer.logger
         if logger in (None, True):
             logger = _loggers(config.run.root, config.run.name) if self.subcommand == "fit" else False
-        callbacks = [*(config.trainer.callbacks or []), RunSummary()]
+        callbacks = [*(config.trainer.callbacks or []), RandomState(), RunSummary()]
         if logger:
             callbacks.append(LearningRateMonitor("step"))
         batches, interval = config.trainer.max_steps * config.trainer.accumulate_grad_batches, _interval(config.trainer)
@@ -93,7 +111,10 @@ class MultiNormCLI(LightningCLI):
         if config.trainer.enable_progress_bar is False:
             config.progress.disable()  # Lightning would refuse the combination
         plugins = config.trainer.plugins or []
-        kwargs["plugins"] = [FolderReadingIO(), *(plugins if isinstance(plugins, list) else [plugins])]
+        kwargs["plugins"] = [
+            CheckpointFiles(config.run.background_checkpoints),
+            *(plugins if isinstance(plugins, list) else [plugins]),
+        ]
         return super().instantiate_trainer(logger=logger, callbacks=callbacks, enable_progress_bar=True, **kwargs)
 
 

@@ -2,6 +2,7 @@
 
 Registered under the names that ``Trainer(strategy=...)`` and ``--trainer.strategy`` take, once this module is imported:
 
+- ``ddp``: each device holds the whole model (`torch.nn.parallel.DistributedDataParallel`);
 - ``fsdp2``: weights, gradients and states sharded over all devices (`torch.distributed.fsdp.fully_shard`);
 - ``hsdp``: sharded within each machine, replicated over the machines;
 - ``tp``: tensor parallelism within each machine, ``fsdp2`` over the machines;
@@ -10,19 +11,12 @@ Registered under the names that ``Trainer(strategy=...)`` and ``--trainer.strate
 Lightning's own strategies fail, or take a step on zero gradients, when a checkpoint's optimizer has no state.
 """
 
-import shutil
-from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
-from lightning.pytorch.strategies.strategy import Strategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
@@ -30,101 +24,16 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_multinorm import checkpoints
+from lightning_multinorm.checkpoints.strategy import AgreedCheckpoints, SpreadCheckpoints
 from lightning_multinorm.errors import UsageError
-from lightning_multinorm.layouts import flat_slices
 from lightning_multinorm.optim.base import MultiNormOptimizer
 
-META = "meta.pt"
-"""In a folder of shards: what a checkpoint holds beside tensors. Lightning's name."""
-_Path = str | Path
+
+class ReplicatedStrategy(AgreedCheckpoints, DDPStrategy):
+    """DDP, on all of whose ranks a run ends if a checkpoint cannot be written or read on one."""
 
 
-class _SpreadCheckpoints(Strategy):
-    """Checkpoints that do not depend on how a model is spread; see `checkpoints`."""
-
-    in_folders: bool = False
-    """Whether a checkpoint is a folder into which every rank writes its shards, or a single file."""
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        if self.in_folders:
-            return {}  # `save_checkpoint` reads the module itself
-        return checkpoints.whole_weights(self._module, self._slices, keep=self.is_global_zero)
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        if self.in_folders:
-            return {}
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer.optimizer
-        return checkpoints.whole_optimizer(optimizer, self._slices, keep=self.is_global_zero)
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Nothing: `load_checkpoint` has loaded the weights already."""
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Nothing: `load_checkpoint` has loaded the states already."""
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _Path, storage_options: Any = None) -> None:
-        path = Path(self.broadcast(filepath))
-        if not self.in_folders:
-            if self.is_global_zero and checkpoints.is_folder(path):
-                shutil.rmtree(path)
-            Strategy.save_checkpoint(self, checkpoint, path, storage_options)  # past what is between in the MRO
-            return
-        if self.is_global_zero and path.is_file():
-            path.unlink()
-        self.barrier()
-        # Lightning leaves the optimizers out of a checkpoint of weights alone.
-        optimizers = self.optimizers if checkpoint.pop("optimizer_states", None) is not None else []
-        checkpoint.pop("state_dict", None)
-        groups = checkpoints.save_folder(path, self._module, optimizers)
-        if self.is_global_zero:
-            torch.save({**checkpoint, "optimizer_groups": groups}, path / META)
-        self.barrier()
-
-    @override
-    def load_checkpoint(self, checkpoint_path: _Path, weights_only: bool | None = None) -> dict[str, Any]:
-        path, strict = Path(self.broadcast(checkpoint_path)), self._module.strict_loading
-        optimizers = self.optimizers if self._module.trainer.state.fn == TrainerFn.FITTING else []
-        slices = self._slices
-        if checkpoints.is_folder(path) and not slices:
-            meta: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=weights_only)
-            groups = meta.pop("optimizer_groups", [])
-            _check_optimizers(path, optimizers, groups)
-            checkpoints.load_folder(path, self._module, optimizers, groups[: len(optimizers)], strict=strict)
-            return meta
-        checkpoint = read_whole(path, weights_only)
-        checkpoints.load_whole_weights(self._module, checkpoint.pop("state_dict"), slices, strict=strict)
-        states = checkpoint.pop("optimizer_states", [])
-        _check_optimizers(path, optimizers, states)
-        for optimizer, state in zip(optimizers, states, strict=False):
-            checkpoints.load_whole_optimizer(optimizer, state, slices)
-        return checkpoint
-
-    @property
-    def _module(self) -> Any:
-        assert self.lightning_module is not None
-        return self.lightning_module
-
-    @property
-    def _slices(self) -> checkpoints.Slices:
-        return flat_slices(self.model) if self.model is not None else {}
-
-
-def _check_optimizers(path: Path, optimizers: list[Optimizer], saved: list[Any]) -> None:
-    if optimizers and len(saved) != len(optimizers):
-        raise UsageError(
-            f"{path} holds {len(saved)} optimizers, this run has {len(optimizers)}: to begin a new run from its "
-            "weights, load them with load_from_checkpoint; to go on, give the configuration that wrote it"
-        )
-
-
-class ShardedStrategy(_SpreadCheckpoints, ModelParallelStrategy):
+class ShardedStrategy(SpreadCheckpoints, ModelParallelStrategy):
     """FSDP2, alone, replicated over groups of devices (HSDP) or over tensor parallelism.
 
     The LightningModule shards itself in ``configure_model``, over ``trainer.strategy.data_mesh`` and ``tensor_mesh``,
@@ -200,7 +109,7 @@ class ShardedStrategy(_SpreadCheckpoints, ModelParallelStrategy):
         return MixedPrecisionPolicy(param_dtype=mixed.get(self.precision_plugin.precision), reduce_dtype=torch.float32)
 
 
-class FlatStrategy(_SpreadCheckpoints, FSDPStrategy):
+class FlatStrategy(SpreadCheckpoints, FSDPStrategy):
     """FSDP1, with parameters kept apart, so that rows and columns are still known; single-file checkpoints.
 
     Modules in a ``ModuleList`` (blocks) are wrapped each, unless ``auto_wrap_policy`` says otherwise. A LightningModule
@@ -227,32 +136,6 @@ class FlatStrategy(_SpreadCheckpoints, FSDPStrategy):
             device_id=self.root_device,
             **{**self.kwargs, "use_orig_params": True},
         )
-
-
-class FolderReadingIO(TorchCheckpointIO):
-    """Lets a model that is not sharded continue from a folder of shards."""
-
-    @override
-    def load_checkpoint(self, path: _Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if checkpoints.is_folder(Path(path)):
-            return read_whole(Path(path), kwargs.get("weights_only"))
-        return super().load_checkpoint(path, *args, **kwargs)
-
-
-def read_whole(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
-    """A checkpoint with whole tensors on the CPU, whether it is a file or a folder of shards; reads alone.
-
-    Raises:
-        UsageError: if it is neither.
-    """
-    if checkpoints.is_folder(path):
-        meta: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=weights_only)
-        weights, optimizers = checkpoints.read_folder(path, meta.pop("optimizer_groups", []))
-        return {**meta, "state_dict": weights, **({"optimizer_states": optimizers} if optimizers else {})}
-    if not path.is_file():
-        raise UsageError(f"{path} is no checkpoint: neither a file nor a folder of shards")
-    checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
-    return checkpoint
 
 
 def batches_side_by_side(trainer: Trainer) -> int:
@@ -301,6 +184,7 @@ def check_release(trainer: Trainer, optimizer: Optimizer) -> MultiNormOptimizer:
 
 def _register() -> None:
     for name, strategy, description, arguments in (
+        ("ddp", ReplicatedStrategy, "Data parallel: each device holds the whole model", {}),
         ("fsdp2", ShardedStrategy, "FSDP2 over all devices", {}),
         ("hsdp", ShardedStrategy, "FSDP2 within each machine, replicated over machines", {"replicas": "machines"}),
         ("tp", ShardedStrategy, "Tensor parallelism within each machine", {"tensor_parallel_size": "machine"}),

@@ -22,6 +22,7 @@ from lightning_multinorm.layouts.clipping import clip_
 from lightning_multinorm.llama.parallel import build_llama
 from lightning_multinorm.norms import ColumnNorm, RowNorm
 from lightning_multinorm.optim.release import release_gradients
+from tests.distributed import folders
 
 STEPS, VOCABULARY, LENGTH = 20, 51, 12
 CONFIG = LlamaConfig(
@@ -216,3 +217,4 @@ for _maker in MAKERS:
 for _check in (release_is_refused, flat_slices_are_never_adams):
     CHECKS[_check.__name__] = _check
     _check.sizes = (2,)  # type: ignore[attr-defined]
+CHECKS |= folders.CHECKS

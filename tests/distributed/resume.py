@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_multinorm import SWAN, LlamaPretraining, SinkGD, strategies
+from lightning_multinorm.checkpoints.io import CheckpointFiles
 from lightning_multinorm.schedules import WarmupCosine
 
 STEPS, ROWS, LENGTH, VOCABULARY = 8, 4, 12, 51
@@ -95,6 +96,7 @@ def train(
     precision: Any = "32-true",
     kill_at: int | None = None,
     ckpt_path: str | None = None,
+    background: bool = False,
 ) -> None:
     """One run; its losses by step go to ``name``.json, its checkpoints into the folder ``name``."""
     seed_everything(0, verbose=False)
@@ -108,7 +110,7 @@ def train(
         accelerator="cpu", devices=devices, precision=precision, max_steps=STEPS, callbacks=[record, saving],
         strategy=strategy if options is None else getattr(strategies, strategy)(**options),
         logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-        plugins=[strategies.FolderReadingIO()], use_distributed_sampler=False,
+        plugins=[CheckpointFiles(background)], use_distributed_sampler=False,
     )  # fmt: skip
     module = LlamaPretraining(
         None, size, optimizer=lambda groups: OPTIMIZERS[optimizer](groups, lr=0.01), scheduler=WarmupCosine

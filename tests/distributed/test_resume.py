@@ -24,6 +24,7 @@ SPREAD: dict[str, dict[str, Any]] = {
     "fsdp1": FLAT,
     "tp": {"strategy": "tp"},
     "ddp": {"strategy": "ddp"},
+    "background": {"strategy": "fsdp2", "background": True},
 }
 KILLED = ("folder", "file", "ddp")
 AFTER = "step=4.ckpt"
