@@ -1,8 +1,11 @@
-"""One thread beside the training that writes checkpoints in the order in which they were taken."""
+"""One thread beside the training that writes copies of checkpoints, in the order in which they were taken."""
 
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+
+from lightning_multinorm.checkpoints.spread import State
+from lightning_multinorm.checkpoints.staging import Staging
 
 _AT_MOST = 2  # a checkpoint and last.ckpt come together; each holds a copy of the weights
 
@@ -14,6 +17,7 @@ class Background:
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._pending: deque[Future[None]] = deque()
         self._failed = False
+        self._staging = Staging()
 
     def settle(self) -> None:
         """Wait until there is room for one more.
@@ -27,6 +31,18 @@ class Background:
     def submit(self, action: Callable[[], None]) -> None:
         """Do something later, in its turn."""
         self._pending.append(self._thread.submit(self._run, action))
+
+    def write(self, state: State, how: Callable[[State], None]) -> None:
+        """Copy all tensors now, and write the copy later."""
+        copied, used = self._staging.copy(state)
+
+        def action() -> None:
+            try:
+                how(copied)
+            finally:
+                self._staging.release(used)
+
+        self.submit(action)
 
     def wait(self) -> None:
         """Until everything is done.

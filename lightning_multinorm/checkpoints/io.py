@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_multinorm.checkpoints.background import Background
@@ -50,8 +48,7 @@ class CheckpointFiles(TorchCheckpointIO):
             write_file(checkpoint, target)
             return
         self.background.settle()
-        copied = copy_to_host(checkpoint)
-        self.background.submit(lambda: write_file(copied, target))
+        self.background.write(checkpoint, lambda copied: write_file(copied, target))
 
     @override
     def load_checkpoint(
@@ -86,12 +83,6 @@ class CheckpointFiles(TorchCheckpointIO):
     @override
     def teardown(self) -> None:
         self.wait()
-
-
-def copy_to_host(state: State) -> State:
-    """All tensors copied, so that the training may go on."""
-    copied: State = apply_to_collection(state, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
-    return copied
 
 
 def write_file(checkpoint: State, target: Path) -> None:

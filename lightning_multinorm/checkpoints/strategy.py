@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_multinorm.checkpoints import spread
 from lightning_multinorm.checkpoints.damage import is_folder
 from lightning_multinorm.checkpoints.folders import load_folder, save_folder, shards
-from lightning_multinorm.checkpoints.io import CheckpointFiles, copy_to_host, explained
+from lightning_multinorm.checkpoints.io import CheckpointFiles, explained
 from lightning_multinorm.checkpoints.last import SAVED_AT, whole
 from lightning_multinorm.checkpoints.ranks import together
 from lightning_multinorm.checkpoints.reading import read_meta, read_whole
@@ -95,14 +95,13 @@ class SpreadCheckpoints(AgreedCheckpoints):
                 save_folder(path, state, meta)
             return
         together(background.settle)
-        state, meta = copy_to_host(state), copy_to_host(meta)
         if self._writers is None:
             self._writers = dist.new_group(backend="gloo")
-        background.submit(lambda: self._save_staged(path, state, meta))
+        background.write({"shards": state, "meta": meta}, lambda copied: self._write_copy(path, **copied))
 
-    def _save_staged(self, path: Path, state: dict[str, Tensor], meta: State) -> None:
+    def _write_copy(self, path: Path, shards: dict[str, Tensor], meta: State) -> None:
         with explained(path):
-            save_folder(path, state, meta, self._writers)
+            save_folder(path, shards, meta, self._writers)
 
     @override
     def load_checkpoint(self, checkpoint_path: _Path, weights_only: bool | None = None) -> State:

@@ -135,6 +135,18 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, held: threadin
     assert step(tmp_path / "a.ckpt") == 1
 
 
+def test_shared_memory_is_written_once(tmp_path: Path) -> None:
+    files, weight = CheckpointFiles(asynchronous=True), torch.ones(100, 100)
+    for number in (1, 2):  # the second time into the memory of the first
+        weight.fill_(number)
+        tensors = {"embedding": weight, "head": weight.detach(), "row": weight[0]}
+        files.save_checkpoint({"state_dict": tensors}, tmp_path / "a")
+        files.teardown()
+        saved = CheckpointFiles().load_checkpoint(tmp_path / "a")["state_dict"]
+        assert all(tensor.unique().tolist() == [number] for tensor in saved.values())
+        assert saved["embedding"].data_ptr() == saved["head"].data_ptr() and saved["row"].shape == (100,)
+
+
 def test_the_old_one_is_removed_after_the_new_one_is_there(tmp_path: Path, held: threading.Event) -> None:
     files = CheckpointFiles(asynchronous=True)
     torch.save(state(1), tmp_path / "old.ckpt")

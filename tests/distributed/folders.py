@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from lightning_multinorm.checkpoints import folders
 from lightning_multinorm.checkpoints.background import Background
 from lightning_multinorm.checkpoints.folders import load_folder, save_folder, shards
-from lightning_multinorm.checkpoints.io import CheckpointFiles, copy_to_host, explained
+from lightning_multinorm.checkpoints.io import CheckpointFiles, explained
 from lightning_multinorm.checkpoints.last import whole
 from lightning_multinorm.checkpoints.ranks import together
 from lightning_multinorm.errors import UsageError
@@ -112,8 +112,7 @@ def shards_are_written_beside_the_training() -> None:
         write(*args)
 
     folders._write = wait
-    taken = copy_to_host(shards(trained, [])[0])
-    background.submit(lambda: save_folder(path, taken, {"global_step": 5}, group))
+    background.write(shards(trained, [])[0], lambda taken: save_folder(path, taken, {"global_step": 5}, group))
     with torch.no_grad():
         for _ in range(3):
             total = torch.ones(1)
