@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from typing import Any
 
 import torch
@@ -23,10 +24,11 @@ EXIT_STATUS = 128 + signal.SIGTERM
 class TerminationCheckpoint(ModelCheckpoint):
     """Lightning's `ModelCheckpoint`, which also saves when the process is sent SIGTERM, and ends it with status 143.
 
-    It ends after the optimizer step it is in, or after a batch of validation, on all ranks together, whichever of them
-    got the signal. The checkpoint is ``last.ckpt`` where ``save_last`` is true, else ``stopped-step=N.ckpt``. More
-    signals meanwhile change nothing. While it trains, this takes the place of other handlers of SIGTERM: Lightning's
-    begins a collective call wherever the signal finds the process.
+    Checkpoints of a step are saved once its values are logged, before the next batch: a run that is killed while it
+    saves has then lost no line of its log. Asked to end, it ends there too, or after a batch of validation, on all
+    ranks together, whichever of them got the signal. The checkpoint is ``last.ckpt`` where ``save_last`` is true, else
+    ``stopped-step=N.ckpt``. More signals meanwhile change nothing. While it trains, this takes the place of other
+    handlers of SIGTERM: Lightning's begins a collective call wherever the signal finds the process.
 
     A validation that was broken off is not made up for when the run goes on.
 
@@ -37,8 +39,11 @@ class TerminationCheckpoint(ModelCheckpoint):
         **kwargs: `ModelCheckpoint`'s.
     """
 
+    seconds = 0.0
+    """Time that steps have been held up by saving."""
     _asked = False
     _step = 0
+    _stepped = False
     _group: dist.ProcessGroup | None = None
 
     @override
@@ -55,10 +60,36 @@ class TerminationCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.global_step > self._step:  # not between micro-batches, whose gradients no checkpoint holds
-            self._step = trainer.global_step
-            self._end_if_asked(trainer)
+        self._stepped |= trainer.global_step > self._step  # no checkpoint holds the gradients between micro-batches
+        self._step = trainer.global_step
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        for counts in (progress.total, progress.current):
+            counts.ready -= 1  # this batch is not to be counted in a checkpoint of the one before
+        self._after_step(trainer, pl_module)
+        for counts in (progress.total, progress.current):
+            counts.ready += 1
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._after_step(trainer, pl_module)
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def _after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._stepped:
+            return
+        self._stepped, started = False, time.perf_counter()
+        super().on_train_batch_end(trainer, pl_module, None, None, 0)
+        self._end_if_asked(trainer)
+        self.seconds += time.perf_counter() - started
+
+    @override
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        for logger in trainer.loggers:
+            logger.save()
+        super()._save_checkpoint(trainer, filepath)
 
     @override
     def on_validation_batch_end(

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_multinorm.callbacks.termination import TerminationCheckpoint
 from lightning_multinorm.strategies import batches_side_by_side
 
 C = TypeVar("C", bound=Callback)
@@ -49,7 +50,7 @@ class Throughput(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._started = time.perf_counter()
+        self._started = time.perf_counter() - _saving(trainer)
 
     @override
     def on_train_batch_end(
@@ -57,7 +58,7 @@ class Throughput(Callback):
     ) -> None:
         tokens = _tokens(trainer, batch)
         self._tokens = tokens + self._tokens
-        self._recent.append((tokens, time.perf_counter() - self._started))
+        self._recent.append((tokens, time.perf_counter() - _saving(trainer) - self._started))
         pl_module.log_dict({"tokens": self._tokens.float(), "throughput/tokens_per_second": self._rate}, on_epoch=False)
 
     @override
@@ -75,6 +76,11 @@ def _tokens(trainer: Trainer, batch: Any) -> Tensor:
         return torch.tensor(batch["input_ids"].numel() * batches_side_by_side(trainer))
     everywhere = trainer.strategy.reduce((batch["labels"] >= 0).sum(), reduce_op="sum")
     return everywhere * batches_side_by_side(trainer) // trainer.world_size  # tensor parallel ranks share a batch
+
+
+def _saving(trainer: Trainer) -> float:
+    """Seconds spent so far in saving what was trained before a batch."""
+    return sum(callback.seconds for callback in callbacks(trainer, TerminationCheckpoint))
 
 
 def callbacks(trainer: Trainer, kind: type[C]) -> list[C]:

@@ -37,7 +37,7 @@ def test_rate_is_of_the_last_batches_alone(monkeypatch: pytest.MonkeyPatch) -> N
     throughput, rates = Throughput(window=2), []
     strategy = SimpleNamespace(reduce=lambda count, reduce_op: 2 * count)
     shares = {"num_replicas": 2, "rank": 0}
-    trainer_ = SimpleNamespace(distributed_sampler_kwargs=shares, strategy=strategy, world_size=2)
+    trainer_ = SimpleNamespace(distributed_sampler_kwargs=shares, strategy=strategy, world_size=2, callbacks=[])
     module = SimpleNamespace(log_dict=lambda values, on_epoch: rates.append(values["throughput/tokens_per_second"]))
     batch = {"labels": torch.zeros(4, LENGTH)}
     for index in range(3):
