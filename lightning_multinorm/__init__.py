@@ -11,7 +11,7 @@ from lightning_multinorm.optim import SWAN, MultiNormGD, SinkGD, parameter_group
 from lightning_multinorm.sinkhorn import sr_sinkhorn
 
 if TYPE_CHECKING:
-    from lightning_multinorm.callbacks import NormConvergence
+    from lightning_multinorm.callbacks import NonFiniteGradients, NormConvergence
     from lightning_multinorm.data import TextDataModule
     from lightning_multinorm.llama import LlamaPretraining
 
@@ -19,6 +19,7 @@ __all__ = [
     "SWAN",
     "LlamaPretraining",
     "MultiNormGD",
+    "NonFiniteGradients",
     "NormConvergence",
     "SinkGD",
     "TextDataModule",
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "LlamaPretraining": "lightning_multinorm.llama",
+    "NonFiniteGradients": "lightning_multinorm.callbacks",
     "NormConvergence": "lightning_multinorm.callbacks",
     "TextDataModule": "lightning_multinorm.data",
 }

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_multinorm.callbacks import (
     DocumentPerplexity,
+    NonFiniteGradients,
     NormConvergence,
     RandomState,
     RunSummary,
@@ -73,7 +74,7 @@ class MultiNormCLI(LightningCLI):
             self.config.plan.seed_everything = False
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Sections ``run``, ``checkpoint``, ``norm_convergence``, ``throughput``, ``progress`` and ``perplexity``."""
+        """Sections ``run``, ``checkpoint``, and one for each callback that is always there."""
         parser.add_argument("--run.root", type=str, default="runs", help="Folder that all runs lie in.")
         parser.add_argument("--run.name", type=str, default="llama", help="Folder of this run's versions, in run.root.")
         parser.add_argument(
@@ -83,6 +84,7 @@ class MultiNormCLI(LightningCLI):
         parser.set_defaults(
             {"checkpoint.monitor": "val/loss", "checkpoint.filename": "best-{step}", "checkpoint.save_last": True}
         )
+        parser.add_lightning_class_args(NonFiniteGradients, "nonfinite")  # before those that read gradients
         parser.add_lightning_class_args(NormConvergence, "norm_convergence")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(TrainingProgress, "progress")

@@ -1,6 +1,7 @@
-"""Lightning callbacks: norms, throughput, progress, summary, perplexity of documents, what a resumed run needs."""
+"""Lightning callbacks: what a run shows and logs, the norms, what keeps it from going wrong, what resuming needs."""
 
 from lightning_multinorm.callbacks.convergence import NormConvergence
+from lightning_multinorm.callbacks.nonfinite import NonFiniteGradients
 from lightning_multinorm.callbacks.perplexity import DocumentPerplexity
 from lightning_multinorm.callbacks.progress import TrainingProgress
 from lightning_multinorm.callbacks.random_state import RandomState
@@ -10,6 +11,7 @@ from lightning_multinorm.callbacks.throughput import Throughput
 
 __all__ = [
     "DocumentPerplexity",
+    "NonFiniteGradients",
     "NormConvergence",
     "RandomState",
     "RunSummary",

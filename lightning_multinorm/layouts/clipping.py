@@ -1,18 +1,22 @@
-"""Clipping by the norm of all gradients together, however each of them is spread."""
+"""The norm of all gradients together, however each of them is spread: to clip by, and to see that all are finite."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_multinorm.layouts import FlatSlice, Groups, all_reduce_, is_dtensor, local
+from lightning_multinorm.layouts import FlatSlice, Groups, all_reduce_, is_dtensor, local, reduce_
+
+Slices = Mapping[Any, FlatSlice]
+"""Where FSDP1 has put parameters."""
 
 
-def clip_(parameters: Iterable[Tensor], largest: float, slices: Mapping[Any, FlatSlice] | None = None) -> Tensor:
+def clip_(parameters: Iterable[Tensor], largest: float, slices: Slices | None = None) -> Tensor:
     """Scale gradients so that their common l2 norm is at most ``largest``; a collective call if any is spread.
 
-    As `torch.nn.utils.clip_grad_norm_`, which cannot mix meshes, nor see through FSDP1's slices.
+    As `torch.nn.utils.clip_grad_norm_`, which cannot mix meshes, nor see through FSDP1's slices. As there, gradients
+    whose squares overflow become zero.
 
     Args:
         parameters: those without a gradient are left out, on all ranks alike.
@@ -22,22 +26,63 @@ def clip_(parameters: Iterable[Tensor], largest: float, slices: Mapping[Any, Fla
     Returns:
         The norm before, 0-d.
     """
-    gradients: list[Tensor] = []
-    sums: dict[Groups, Tensor] = {}
+    parameters = list(parameters)
+    norm = gradient_norm(parameters, slices)
+    factor = (largest / (norm + 1e-6)).clamp(max=1)  # as torch, to the last digit
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local(parameter.grad).mul_(factor)
+    return norm
+
+
+def gradient_norm(parameters: Iterable[Tensor], slices: Slices | None = None) -> Tensor:
+    """The common l2 norm of gradients, 0-d, the same on all ranks; a collective call if any is spread.
+
+    Not finite if an entry is not; but also infinite if the squares overflow float32, from entries of 2e19 on, which
+    `nonfinite_entries` tells apart.
+
+    Args:
+        parameters: those without a gradient are left out, on all ranks alike.
+        slices: where FSDP1 has put parameters.
+    """
+    norms: dict[Groups, list[Tensor]] = {}
     device = torch.device("cpu")
     for parameter in parameters:
-        groups = _groups(parameter, (slices or {}).get(parameter))
+        own = norms.setdefault(_groups(parameter, (slices or {}).get(parameter)), [])
         device = parameter.device
-        own = sums.setdefault(groups, torch.zeros((), device=device))
         if parameter.grad is not None:
-            gradients.append(local(parameter.grad))
-            own += torch.linalg.vector_norm(gradients[-1], dtype=torch.float32).square()
-    totals = [all_reduce_(total, groups) for groups, total in sums.items()]
-    norm = sum(totals, torch.zeros((), device=device)).sqrt()
-    factor = (largest / (norm + 1e-6)).clamp(max=1)  # as torch, to the last digit
-    for gradient in gradients:
-        gradient.mul_(factor)
-    return norm
+            entries = _entries(parameter.grad)
+            own.append(torch.linalg.vector_norm(entries, dtype=torch.promote_types(entries.dtype, torch.float32)))
+    total = torch.zeros((), device=device)
+    for groups, own in norms.items():
+        square = torch.zeros((), device=device)
+        if own:
+            square += torch.stack([norm.to(device) for norm in own]).square().sum()
+        total += all_reduce_(square, groups)
+    return total.sqrt()
+
+
+def nonfinite_entries(parameters: Sequence[Tensor], slices: Slices | None = None) -> Tensor:
+    """How many entries of each parameter's gradient are NaN or infinite; a collective call if any is spread.
+
+    Args:
+        parameters: 0 for those without a gradient.
+        slices: where FSDP1 has put parameters.
+
+    Returns:
+        (len(parameters),), int64, over all ranks that hold shards.
+    """
+    counts = torch.zeros(len(parameters), dtype=torch.int64, device=parameters[0].device if parameters else None)
+    for count, parameter in zip(counts, parameters, strict=True):
+        if parameter.grad is not None:
+            count += _entries(parameter.grad).isfinite().logical_not_().sum().to(counts.device)
+    groups = [_groups(parameter, (slices or {}).get(parameter)) for parameter in parameters]
+    reduce_((counts,), [(slice(k, k + 1), own) for k, own in enumerate(groups)])
+    return counts
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else local(gradient)
 
 
 def _groups(parameter: Tensor, flat: FlatSlice | None) -> Groups:

@@ -6,7 +6,7 @@ Abstract; the final classes `SinkGD`, `SWAN` and `MultiNormGD` add how matrices 
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from lightning_multinorm.rounding import lowbias32
 from lightning_multinorm.scaling import working_dtype
 from lightning_multinorm.sinkhorn.sharded import Job
 from lightning_multinorm.views import as_matrices, check_view, matrix_count
+
+if TYPE_CHECKING:
+    from lightning_multinorm.optim.release import Released
 
 Observer = Callable[[Tensor, Trace], None]
 """Called with a parameter and the trace of its update; the residuals (iterations, norms) stay on the device."""
@@ -43,8 +46,10 @@ class MultiNormOptimizer(Optimizer):
         observers: called with every multi-normalised parameter and its trace; none, no trace is made.
         replicas: ranks with the same whole parameters and gradients, as DDP's. If set, costly updates of whole
             matrices are divided among them; SinkGD's are not worth it.
+        released: what `release.release_gradients` has seen in this step; None without it.
     """
 
+    released: "Released | None" = None
     _scheme: ClassVar[tuple[str, ...]] = ()
     """Hyper-parameters that matrices updated together must share."""
     _divisible: ClassVar[bool] = False
@@ -120,6 +125,7 @@ class MultiNormOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._complete_slices()
         self._update([(group, self._with_gradient(group)) for group in self.param_groups])
         for group in self.param_groups:
             if "rounding_steps" in group:
@@ -136,13 +142,22 @@ class MultiNormOptimizer(Optimizer):
         check_gradient(type(self).__name__, "a parameter", parameter.grad)
         self._update([(group, [parameter])])
 
+    def _complete_slices(self) -> None:
+        """FSDP1 leaves empty slices without a gradient, but their ranks take part in the sums.
+
+        Not so in a step that has no gradients at all, which other ranks take none in either.
+        """
+        held = [parameter for parameter in self._slices if parameter.numel() and parameter.requires_grad]
+        if held and all(parameter.grad is None for parameter in held):
+            return
+        for parameter in self._slices:
+            if parameter.grad is None and parameter.numel() == 0:
+                parameter.grad = torch.zeros_like(parameter)
+
     def _with_gradient(self, group: Group) -> list[Tensor]:
         names = group.get("param_names", ["a parameter"] * len(group["params"]))
         found = []
         for name, parameter in zip(names, group["params"], strict=True):
-            # FSDP1 leaves empty slices without a gradient, but their ranks take part in the sums.
-            if parameter.grad is None and parameter in self._slices and parameter.numel() == 0:
-                parameter.grad = torch.zeros_like(parameter)
             if parameter.grad is not None:
                 check_gradient(type(self).__name__, name, parameter.grad)
                 found.append(parameter)

@@ -2,11 +2,15 @@
 
 import itertools
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _sync_ddp_if_available
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -16,7 +20,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from lightning_multinorm import SWAN, MultiNormGD, SinkGD, layouts, parameter_groups
+from lightning_multinorm import SWAN, MultiNormGD, NonFiniteGradients, SinkGD, layouts, parameter_groups
 from lightning_multinorm.layouts import clean, flat_slices
 from lightning_multinorm.layouts.clipping import clip_
 from lightning_multinorm.llama.parallel import build_llama
@@ -121,6 +125,61 @@ def released(maker: str) -> None:
         assert torch.equal(parameter, models[1][name]), name
 
 
+def guarded(spread: str, maker: str) -> None:
+    """A NaN that one rank's shard alone has: no rank takes the step, nor waits for another, and the next is taken."""
+    model, rank, _ = SPREAD[spread]()
+    optimizer = MAKERS[maker](parameter_groups(model), lr=0.01, weight_decay=0.1)
+    if spread == "ddp":
+        optimizer.replicas = dist.group.WORLD
+    module = LightningModule()
+    module.model = model
+    guard, messages = NonFiniteGradients(), []
+    module.log_dict = lambda values: messages.append(values)  # type: ignore[method-assign,assignment]
+    strategy = SimpleNamespace(model=model, reduce=_sync_ddp_if_available)
+    trainer: Any = SimpleNamespace(strategy=strategy, precision_plugin=None, global_step=0)
+    guard.on_train_start(trainer, module)
+    for step in range(3):
+        before = {name: p.detach().clone() for name, p in gathered(model).items()}
+        loss(model, batch(step, rank)).backward()
+        if step == 1 and dist.get_rank() == 1:
+            largest = max((p for p in model.parameters() if p.grad is not None), key=lambda p: layouts.local(p).numel())
+            layouts.local(largest.grad).flatten()[-1:] = float("inf")  # type: ignore[arg-type]
+        guard.on_before_optimizer_step(trainer, module, optimizer)
+        state = deepcopy([optimizer.state[p] for p in model.parameters()])
+        optimizer.step()
+        if step == 1:
+            assert_close([optimizer.state[p] for p in model.parameters()], state, rtol=0, atol=0)
+        changed = [not torch.equal(p, before[name]) for name, p in gathered(model).items()]
+        assert all(changed) if step != 1 else not any(changed)
+        optimizer.zero_grad()
+    assert guard.skipped == 1
+    norms = torch.stack([values["train/gradient_norm"] for values in messages])
+    assert norms.isfinite().tolist() == [True, False, True]
+    others = [torch.empty_like(norms) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, norms)
+    assert torch.equal(others[0], others[1])
+
+
+def released_and_guarded(maker: str) -> None:
+    """Under FSDP2: the parameter with a NaN on one rank is updated on none, and all others are."""
+    model, rank, _ = fsdp2()
+    optimizer = MAKERS[maker](parameter_groups(model), lr=0.01, weight_decay=0.1)
+    poisoned = {"model.layers.1.mlp.up_proj.weight", "lm_head.weight"}
+    for name, parameter in model.named_parameters():
+        if name in poisoned and dist.get_rank() == 1:
+            parameter.register_post_accumulate_grad_hook(
+                lambda p: layouts.local(p.grad).view(-1)[:1].fill_(float("nan"))  # type: ignore[arg-type]
+            )
+    release_gradients(optimizer)
+    before = {name: p.clone() for name, p in gathered(model).items()}
+    loss(model, batch(0, rank)).backward()
+    assert optimizer.released is not None
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)]: count for p, count in optimizer.released.left} == dict.fromkeys(poisoned, 1)
+    assert {name for name, p in gathered(model).items() if torch.equal(p, before[name])} == poisoned
+    assert all(not optimizer.state[p] for name, p in model.named_parameters() if name in poisoned)
+
+
 def release_is_refused() -> None:
     """Under DDP and FSDP1, where ranks would part."""
     for spread in (ddp, fsdp1):
@@ -214,6 +273,11 @@ for _spread in SPREAD:
 for _maker in MAKERS:
     CHECKS[f"released-{_maker}"] = partial(released, _maker)
     CHECKS[f"released-{_maker}"].sizes = (2,)  # type: ignore[attr-defined]
+    CHECKS[f"released-guarded-{_maker}"] = partial(released_and_guarded, _maker)
+    CHECKS[f"released-guarded-{_maker}"].sizes = (2,)  # type: ignore[attr-defined]
+for _spread, _maker in [*((spread, "sinkgd") for spread in SPREAD), ("ddp", "swan"), ("fsdp2", "multinormgd")]:
+    CHECKS[f"guarded-{_spread}-{_maker}"] = partial(guarded, _spread, _maker)
+    CHECKS[f"guarded-{_spread}-{_maker}"].sizes = _SIZES.get(_spread, (2,))[:1]  # type: ignore[attr-defined]
 for _check in (release_is_refused, flat_slices_are_never_adams):
     CHECKS[_check.__name__] = _check
     _check.sizes = (2,)  # type: ignore[attr-defined]

@@ -59,6 +59,31 @@ def test_a_released_parameter_used_twice_is_updated_once() -> None:
     assert torch.allclose((torch.eye(3) - weight).square().mean(), torch.tensor(1.0))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("name", ["layers.1.weight", "embedding.weight"])
+def test_a_parameter_whose_gradient_is_not_finite_is_left_alone(name: str, value: float) -> None:
+    model = TinyText()
+    optimizer = SinkGD(parameter_groups(model), weight_decay=0.1)
+    parameters = dict(model.named_parameters())
+    release_gradients(optimizer)
+    for step in range(2):
+        if step == 1:
+            parameters[name].register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([2]), value))
+        before = deepcopy((parameters, {n: optimizer.state[p] for n, p in parameters.items()}))
+        backward(model, step)
+        assert all(parameter.grad is None for parameter in parameters.values())
+        if step == 0 or value == 3e38:
+            optimizer.step()  # without a warning
+        else:
+            with pytest.warns(UserWarning, match="1 parameters were not updated"):
+                optimizer.step()
+    left = {n for n, p in parameters.items() if torch.equal(p, before[0][n])}
+    assert left == ({name} if value != 3e38 else set())
+    if left:
+        state, kept = optimizer.state[parameters[name]], before[1][name]
+        assert state.keys() == kept.keys() and all(torch.equal(state[key], kept[key]) for key in state)
+
+
 def test_removed_handles_end_the_release() -> None:
     model = TinyText()
     for handle in release_gradients(SinkGD(parameter_groups(model))):
