@@ -11,13 +11,14 @@ from lightning_multinorm.optim import SWAN, MultiNormGD, SinkGD, parameter_group
 from lightning_multinorm.sinkhorn import sr_sinkhorn
 
 if TYPE_CHECKING:
-    from lightning_multinorm.callbacks import NonFiniteGradients, NormConvergence
+    from lightning_multinorm.callbacks import LossSpikes, NonFiniteGradients, NormConvergence
     from lightning_multinorm.data import TextDataModule
     from lightning_multinorm.llama import LlamaPretraining
 
 __all__ = [
     "SWAN",
     "LlamaPretraining",
+    "LossSpikes",
     "MultiNormGD",
     "NonFiniteGradients",
     "NormConvergence",
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "LlamaPretraining": "lightning_multinorm.llama",
+    "LossSpikes": "lightning_multinorm.callbacks",
     "NonFiniteGradients": "lightning_multinorm.callbacks",
     "NormConvergence": "lightning_multinorm.callbacks",
     "TextDataModule": "lightning_multinorm.data",

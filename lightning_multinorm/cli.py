@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_multinorm.callbacks import (
     DocumentPerplexity,
+    LossSpikes,
     NonFiniteGradients,
     NormConvergence,
     RandomState,
@@ -85,6 +86,7 @@ class MultiNormCLI(LightningCLI):
             {"checkpoint.monitor": "val/loss", "checkpoint.filename": "best-{step}", "checkpoint.save_last": True}
         )
         parser.add_lightning_class_args(NonFiniteGradients, "nonfinite")  # before those that read gradients
+        parser.add_lightning_class_args(LossSpikes, "spikes")
         parser.add_lightning_class_args(NormConvergence, "norm_convergence")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(TrainingProgress, "progress")

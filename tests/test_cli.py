@@ -71,6 +71,8 @@ def test_a_run_from_beginning_to_end(folder: Path) -> None:
     assert (folder / weights.split()[1]).is_file() and (folder / logs.split()[1]).is_dir()
     assert set(column(folder, CONVERGENCE)) == {0, 2} and all(v < 1 for v in column(folder, CONVERGENCE).values())
     assert column(folder, "tokens")[3] == 4 * 4 * 16
+    assert column(folder, "skipped_steps") == dict.fromkeys(range(4), 0)
+    assert all(norm > 0 for norm in column(folder, "train/gradient_norm").values())
     assert len(column(folder, "val/perplexity")) == 2
 
     fit(folder, "--trainer.max_steps", "6", "--ckpt_path", str(last), "--model.optimizer.init_args.lr", "0.7")

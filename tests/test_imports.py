@@ -98,13 +98,14 @@ def floor_of(name: str) -> int:
 def imported(path: Path) -> set[str]:
     """Modules of this package that a file imports, except for type checking alone."""
     names = set()
+    tree = ast.parse(path.read_text())
     skipped = {
         id(child)
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree)
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         for child in ast.walk(node)
     }
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if id(node) in skipped or not isinstance(node, ast.ImportFrom) or node.module is None:
             continue
         if node.module == "lightning_multinorm":

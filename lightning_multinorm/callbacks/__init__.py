@@ -5,12 +5,14 @@ from lightning_multinorm.callbacks.nonfinite import NonFiniteGradients
 from lightning_multinorm.callbacks.perplexity import DocumentPerplexity
 from lightning_multinorm.callbacks.progress import TrainingProgress
 from lightning_multinorm.callbacks.random_state import RandomState
+from lightning_multinorm.callbacks.spikes import LossSpikes
 from lightning_multinorm.callbacks.summary import RunSummary
 from lightning_multinorm.callbacks.termination import TerminationCheckpoint
 from lightning_multinorm.callbacks.throughput import Throughput
 
 __all__ = [
     "DocumentPerplexity",
+    "LossSpikes",
     "NonFiniteGradients",
     "NormConvergence",
     "RandomState",

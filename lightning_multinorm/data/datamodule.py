@@ -182,6 +182,7 @@ class TextDataModule(LightningDataModule):
             num_workers=self.num_workers,
             consumed=partial(batches_trained, self.trainer),
             resumed=resumed_places(self._resumed, self._rank_and_world_size[0]),
+            recent=max(2, self.trainer.accumulate_grad_batches if self.trainer else 1),
         )
         return self._training
 
@@ -205,7 +206,8 @@ class TextDataModule(LightningDataModule):
         """Where a training batch comes from, for `replay`.
 
         Args:
-            batches: Which one: the number that were trained on, it included; one of the last two.
+            batches: Which one: the number that were trained on, it included; one of the last two, or of
+                the micro-batches of the last step.
 
         Returns:
             Plain numbers, and the name of the shard; None if it is not known any more.

@@ -176,6 +176,7 @@ class BatchLoader:
         pin_memory: bool = False,
         consumed: Callable[[], int] = lambda: 0,
         resumed: tuple[int, Places] | None = None,
+        recent: int = 2,
     ) -> None:
         """Wrap a dataset.
 
@@ -185,14 +186,16 @@ class BatchLoader:
             pin_memory: Whether batches go to page-locked memory.
             consumed: Number of batches the Trainer is done with; asked when the first batch is wanted.
             resumed: Number of batches that a checkpoint was done with, and from where its workers go on.
+            recent: Batches whose places are kept in `last_places`.
         """
         self._batches = dataset  # under the name `dataset` Lightning would find it, and warn
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self._consumed = consumed
         self._places: dict[int, Places] = {0: {}, **({resumed[0]: resumed[1]} if resumed else {})}
+        self._recent = recent
         self.last_places: dict[int, tuple[int, Place]] = {}
-        """Worker and place of the last two batches, by the number of batches with which each is done."""
+        """Worker and place of the last batches, by the number of batches with which each is done."""
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -213,8 +216,8 @@ class BatchLoader:
             if isinstance(place, Place):
                 worker = number % max(1, self.num_workers)
                 places = {**places, worker: replace(place, batch=place.batch + 1)}
-                self.last_places = {k: v for k, v in self.last_places.items() if k == number}
                 self.last_places[number + 1] = worker, place
+                self.last_places.pop(number + 1 - self._recent, None)
             # The Trainer may be done with the batch before this one, or with this one, when it asks for the places.
             self._places = {0: {}, number: self._places.get(number, {}), number + 1: places}
             yield batch

@@ -1,4 +1,4 @@
-"""Two real processes under DDP: disjoint training text, exact resume, every held-out token counted once."""
+"""Two real processes under DDP: disjoint text, exact resume, noted batches, every held-out token counted once."""
 
 import json
 import os
@@ -34,6 +34,13 @@ def test_ranks_train_on_different_text(results: Results) -> None:
 def test_each_rank_resumes_where_it_was(results: Results) -> None:
     for result in results:
         assert result["rest"] == result["whole"][2:]
+
+
+def test_loss_spikes_note_the_batches_of_all_ranks(results: Results) -> None:
+    for result, other in zip(results, reversed(results), strict=True):
+        assert result["others_replayed"] == other["whole"]
+        assert result["spike"]["loss"] == 0.5
+        assert [(entry["rank"], entry["loss"]) for entry in result["spike"]["batches"]] == [(0, 0.0), (1, 1.0)]
 
 
 def test_each_held_out_token_is_counted_once(results: Results) -> None:

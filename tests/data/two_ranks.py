@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
+from lightning_multinorm.callbacks import LossSpikes
+from lightning_multinorm.callbacks.spikes import FILE
 from lightning_multinorm.data import TextDataModule
 
 
@@ -25,7 +28,7 @@ class Recorder(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         self.seen.append(batch["input_ids"].tolist())
-        return self.weight.sum()
+        return self.weight.sum() + self.global_rank
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         self.batches += 1
@@ -44,8 +47,14 @@ def run(folder: Path, source: str) -> dict[str, Any]:
 
     whole, rest, validated = Recorder(), Recorder(), Recorder()
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
-    trainer, data = make(callbacks=[saving], limit_val_batches=0)
+    spikes = LossSpikes()
+    spikes.load_state_dict({"steps": 100, "expected": -1.0, "deviation": 0.0})  # each step is a spike
+    trainer, data = make(callbacks=[saving, spikes], limit_val_batches=0, logger=CSVLogger(folder))
     trainer.fit(whole, data)
+    lines = [json.loads(line) for line in (Path(trainer.log_dir or "") / FILE).read_text().splitlines()]
+    other = 1 - trainer.global_rank
+    positions = [entry["position"] for line in lines for entry in line["batches"] if entry["rank"] == other]
+    replayed = [data.replay(position)["input_ids"].tolist() for position in positions]
     trainer, data = make(enable_checkpointing=False, limit_val_batches=0)
     trainer.fit(rest, data, ckpt_path=folder / "step=2.ckpt")
     trainer, data = make(enable_checkpointing=False)
@@ -54,6 +63,8 @@ def run(folder: Path, source: str) -> dict[str, Any]:
     return {
         "rank": trainer.global_rank,
         "whole": whole.seen,
+        "others_replayed": replayed,
+        "spike": lines[0],
         "rest": rest.seen,
         "labels": validated.labels,
         "batches": validated.batches,
