@@ -5,12 +5,13 @@ from pathlib import Path
 from jsonargparse import Namespace
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_multinorm.checkpoints.files import tidy
 from lightning_multinorm.checkpoints.last import newest
 from lightning_multinorm.errors import UsageError
 
 
 def last_checkpoint(config: Namespace, subcommand: str) -> Path | None:
-    """The newest whole checkpoint, with a warning for each newer one that is damaged.
+    """The newest whole checkpoint, with a warning for each newer one that is damaged; halves of others are removed.
 
     Lightning's own "last" looks into the folder of the version that is just beginning, and finds nothing.
 
@@ -27,6 +28,8 @@ def last_checkpoint(config: Namespace, subcommand: str) -> Path | None:
     """
     folders, where = _folders(config)
     path, damaged = newest(folders)
+    for folder in folders:
+        tidy(folder)
     for other, wrong in damaged.items():
         rank_zero_warn(f"The checkpoint {other} is not usable, and passed over: {wrong}.")
     if path is None and subcommand != "fit":

@@ -29,7 +29,9 @@ def test_the_newest_whole_one_of_all_versions(tmp_path: Path, kind: Any) -> None
     newest = kind(run / "version_10" / "checkpoints" / "last.ckpt", 6)
     (run / "version_11" / "checkpoints").mkdir(parents=True)  # it was killed before it saved
     kind(tmp_path / "other" / "version_0" / "checkpoints" / "last.ckpt", 9)
-    assert last_checkpoint(config(tmp_path), "fit") == newest
+    half = run / "version_2" / "checkpoints" / ".best.ckpt.abc.tmp"
+    half.touch()
+    assert last_checkpoint(config(tmp_path), "fit") == newest and not half.exists()
     flip(newest / "__0_0.distcp" if newest.is_dir() else newest)
     with pytest.warns(UserWarning, match=rf"{newest} is not usable, and passed over: .*checksum"):
         found = last_checkpoint(config(tmp_path), "validate")

@@ -101,7 +101,13 @@ def _prepare(target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     for aside in set_aside(target.parent):
         aside.rename(aside.with_name(aside.name[1 : -len(_ASIDE)]))
-    for path in [*target.parent.glob(f".*{_TEMPORARY}"), *target.parent.glob(f".*{_ASIDE}")]:
+    tidy(target.parent)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed processes have left in a folder: halves of files and folders, and what was replaced."""
+    replaced = set(folder.glob(f".*{_ASIDE}")) - set(set_aside(folder))
+    for path in [*folder.glob(f".*.*{_TEMPORARY}"), *replaced]:
         if not _is_being_written(path):
             with suppress(FileNotFoundError):  # another process may be removing it, too
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -124,8 +124,9 @@ def test_what_is_being_written_is_left_alone(tmp_path: Path, kind: str) -> None:
 def test_what_others_have_hidden_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".gitignore").write_text("*")
     (tmp_path / "notes.tmp").write_text("mine")
+    (tmp_path / ".tmp").mkdir()
     write(tmp_path / "a.ckpt")
-    assert names(tmp_path) == [".gitignore", "a.ckpt", "notes.tmp"]
+    assert names(tmp_path) == [".gitignore", ".tmp", "a.ckpt", "notes.tmp"]
 
 
 def test_a_folder_is_removed_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
