@@ -4,6 +4,7 @@ Stands on `lanes`, `vocabulary` and `errors`.
 """
 
 import os
+import signal
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -156,6 +157,8 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
 def _one_thread(worker: int) -> None:
     # Each worker has a core; the tokenizer's own threads on top would warn about the fork and compete.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # A signal to all processes of the run is for the training process, which ends the workers after it has saved.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class BatchLoader:

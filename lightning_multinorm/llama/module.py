@@ -252,6 +252,7 @@ class LlamaPretraining(LightningModule):
         if not kwargs.keys() & {"size", "config"}:
             saved = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)["llama_config"]
             kwargs |= {"size": None, "config": {k: v for k, v in saved.items() if k in config_fields()}}
+        kwargs.setdefault("weights_only", True)  # a file may be a stranger's, and Lightning trusts it if it is remote
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def _losses(self, batch: Batch) -> Tensor:
