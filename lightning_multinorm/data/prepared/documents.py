@@ -119,4 +119,4 @@ def _read_ahead(groups: Iterator[Group]) -> Generator[Group]:
             yield item
     finally:
         unwanted.set()
-        thread.join()
+        thread.join(_PATIENCE * 5)  # one that waits for the network is left to end with the process

@@ -125,8 +125,8 @@ class Manifest:
         """The command that goes on with the folder, or checks it."""
         values = {**self.settings, "out": str(folder)}
         texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
-        options = (f"--{name} {shlex.quote(text)}" for name, text in texts.items())
-        return f"python -m lightning_multinorm prepare {' '.join(options)}"
+        options = (word for name, text in texts.items() for word in (f"--{name}", text))
+        return shlex.join(["python", "-m", "lightning_multinorm", "prepare", *options])
 
     def write(self, folder: Path) -> None:
         """Put it in the place of the one before, in one step."""

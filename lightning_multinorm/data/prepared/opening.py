@@ -86,7 +86,7 @@ class Prepared:
         Raises:
             DataError: If more are asked for than were prepared.
         """
-        prepared = self.manifest.settings["data.validation_tokens"]
+        prepared = self.manifest.settings.get("data.validation_tokens", 0)
         if limit > prepared:
             raise DataError(
                 f"data.validation_tokens is {limit}, but {self.folder} was prepared with {prepared}; set it to that or "

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_multinorm.data.errors import DataError
 from lightning_multinorm.data.prepared import documents, writer
 from lightning_multinorm.data.prepared.manifest import Manifest, read_manifest
-from lightning_multinorm.data.prepared.prepare import Report, opened
+from lightning_multinorm.data.prepared.prepare import Report, begin, opened
 from lightning_multinorm.data.prepared.writer import verify
 from lightning_multinorm.data.tokenizer import end_of_text_id, identify, load_tokenizer
 from lightning_multinorm.data.vocabulary import Vocabulary
@@ -200,6 +200,12 @@ def test_a_full_disk_is_one_sentence_and_no_loss(
     assert contents(tmp_path) == contents(whole)
 
 
+def test_a_run_goes_on_with_the_tokenizer_it_saved(whole: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with opened(whole):
+        _, vocabulary = begin(whole, SETTINGS, "of memory", lambda: pytest.fail("made another"))
+    assert identify(vocabulary.tokenizer) == identify(tokenizer)
+
+
 def test_what_is_complete_is_left_alone(whole: Path, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.iterdir() if path.name != ".lock"}
     prepare(whole, texts, tokenizer)
@@ -330,10 +336,9 @@ def test_the_fingerprint_is_of_what_is_trained_on(
 
 
 def test_the_command_to_finish_is_a_command() -> None:
-    manifest = Manifest({**SETTINGS, "data.source": ["a b.txt", "c.txt"]}, "", "", 0, "uint16")
+    manifest = Manifest({**SETTINGS, "data.source": ["a b.txt", "c.txt"], "x; rm": 1}, "", "", 0, "uint16")
     command = manifest.command(Path("out"))
     assert """--data.source '["a b.txt", "c.txt"]' --data.tokenizer bpe --data.vocab_size 300""" in command
-    assert command.endswith(
-        "--data.validation_files null --data.validation_fraction 0.1 --data.validation_tokens 400 "
-        "--shard_tokens 2000 --out out"
-    )
+    assert "--data.validation_files null --data.validation_fraction 0.1 --data.validation_tokens 400" in command
+    # A manifest may come from a stranger, and its command is made to be copied into a shell.
+    assert command.endswith("--shard_tokens 2000 '--x; rm' 1 --out out")
