@@ -49,10 +49,10 @@ class PreparedBatches(Batches):
     def batches(self, done: int) -> Iterator[Batch]:
         worker = get_worker_info()
         index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        numbers = np.arange(done + index, self.total, workers)
+        numbers = range(done + index, self.total, workers)
         at_once = max(1, _ROWS_AT_ONCE // self.dealt.batch_size)
         for start in range(0, len(numbers), at_once):
-            for rows in self.dealt.rows(numbers[start : start + at_once]):
+            for rows in self.dealt.rows(np.array(numbers[start : start + at_once])):
                 yield self.batch(rows)
 
     def identity(self) -> dict[str, Any]:

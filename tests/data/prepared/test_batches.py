@@ -78,6 +78,12 @@ def test_any_batch_is_the_first_to_be_made(folder: Path, workers: int, done: int
     assert seen(loader) == whole[done:]
 
 
+def test_a_batch_far_away_costs_no_more(folder: Path) -> None:
+    batches = make(folder, 10**15)
+    far = next(batches.batches(10**14))
+    assert far["input_ids"].equal(batches.batch(batches.dealt.rows(np.array([10**14]))[0])["input_ids"])
+
+
 def test_ranks_of_another_number_go_on(folder: Path) -> None:
     """1 rank, then 2, then 3: together they see what one rank would have seen."""
     expected = [row for batch in seen(make(folder, 12).batches(0)) for row in batch]
