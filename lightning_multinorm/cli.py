@@ -1,4 +1,4 @@
-"""The command line: fit, validate, test, predict and plan a LLaMA on text, configured in YAML.
+"""The command line: fit, validate, test and predict a LLaMA on text, plan it and prepare its data; configured in YAML.
 
 ``python -m lightning_multinorm fit --config llama60m.yaml --config optimizer/adamw.yaml --trainer.max_steps 100``
 """
@@ -31,6 +31,7 @@ from lightning_multinorm.callbacks import (
 from lightning_multinorm.checkpoints.io import CheckpointFiles
 from lightning_multinorm.configurations import resolve_configs
 from lightning_multinorm.data import TextDataModule
+from lightning_multinorm.data.prepared.command import Preparer
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.llama import LlamaPretraining
 from lightning_multinorm.planning.command import Planner
@@ -38,9 +39,10 @@ from lightning_multinorm.resuming import last_checkpoint
 
 
 class PlanningTrainer(Trainer):
-    """Lightning's Trainer, of which ``plan`` is one more subcommand."""
+    """Lightning's Trainer, of which ``plan`` and ``prepare`` are two more subcommands."""
 
     plan = Planner.plan
+    prepare = Preparer.prepare
 
 
 class MultiNormCLI(LightningCLI):
@@ -59,11 +61,12 @@ class MultiNormCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and ``plan``, with the arguments that are not options."""
-        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
+        """Lightning's, and ``plan`` and ``prepare``, with the arguments that are not options."""
+        own = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "plan": own, "prepare": own}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """A plan draws no random number, and says nothing of a seed; the checkpoint "last" gets its path."""
+        """What draws no random number says nothing of a seed; the checkpoint "last" gets its path."""
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         if config.get("ckpt_path") == "last":
@@ -71,8 +74,8 @@ class MultiNormCLI(LightningCLI):
             config.ckpt_path = None if path is None else str(path)
             if args is None:  # the processes that Lightning starts for other devices take the same
                 sys.argv += ["--ckpt_path", config.ckpt_path or "null"]
-        if self.config.subcommand == "plan":
-            self.config.plan.seed_everything = False
+        if self.config.subcommand in ("plan", "prepare"):
+            config.seed_everything = False
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Sections ``run``, ``checkpoint``, and one for each callback that is always there."""
@@ -101,6 +104,8 @@ class MultiNormCLI(LightningCLI):
         """The trainer, with loggers in the run's folder unless the configuration names its own."""
         if self.subcommand == "plan":  # no trainer: it would look for the devices
             return cast(Trainer, Planner(self.config.plan.trainer))
+        if self.subcommand == "prepare":
+            return cast(Trainer, Preparer())
         config = self.config_init[self.subcommand]
         logger = config.trainer.logger
         if logger in (None, True):

@@ -14,6 +14,9 @@ from lightning_multinorm.data.files import name_documents
 from lightning_multinorm.data.lanes import Packing
 from lightning_multinorm.data.loader import Batches, BatchLoader, TrainingBatches
 from lightning_multinorm.data.packing import Tokens, share_of_rank
+from lightning_multinorm.data.prepared.batches import PreparedBatches
+from lightning_multinorm.data.prepared.manifest import is_prepared
+from lightning_multinorm.data.prepared.opening import Prepared, open_prepared
 from lightning_multinorm.data.progress import batches_to_train, batches_trained
 from lightning_multinorm.data.resuming import gather_places, refuse_other_data, resumed_places
 from lightning_multinorm.data.sources import Corpus, open_corpus
@@ -22,7 +25,7 @@ from lightning_multinorm.data.vocabulary import Batch, Vocabulary
 
 
 class TextDataModule(LightningDataModule):
-    """Text for pretraining: streamed, tokenised while training, packed without padding, resumed exactly.
+    """Text for pretraining: streamed and tokenised while training, or prepared before; packed, resumed exactly.
 
     Every batch is a dict of int64 tensors, with B sequences of T tokens: "input_ids" (B, T); "labels" (B, T), the
     token after each input, -100 where nothing is predicted; "bytes" (B,), the UTF-8 bytes of the text the labels stand
@@ -33,7 +36,8 @@ class TextDataModule(LightningDataModule):
         source: "stdlib" (the Python standard library's own modules, on every machine), "c4" (streamed from the
             Hugging Face hub), or files: a path, a folder, a glob, or a list of these, ending in .txt, .py
             (one document each), .jsonl, .json, .jsonl.gz, .json.gz (one a line) or .parquet (one a row); of the last
-            kinds also addresses ("https://…", "hf://…", "s3://…"), which are streamed.
+            kinds also addresses ("https://…", "hf://…", "s3://…"), which are streamed. A folder that `prepare` wrote
+            is trained on as it is: the options that decided its tokens must be the same, all others are free.
         tokenizer: "bpe" (trained on the source, cached), a name on the Hugging Face hub, or a folder.
         vocab_size: Number of ids of "bpe"; other tokenizers have their own.
         sequence_length: Tokens in a sequence.
@@ -50,7 +54,8 @@ class TextDataModule(LightningDataModule):
         isolate_documents: Whether attention is kept inside each document of a row, by positions that restart.
         num_workers: Processes per device that make training batches; 0 for a thread of the training process.
         mix_rows: Rows of packed text that are shuffled together before they are cut into batches, so that a long
-            document does not fill a batch; 0 keeps the order of the documents.
+            document does not fill a batch; 0 keeps the order of the documents. Of prepared data, any other number
+            shuffles all rows of an epoch.
         seed: Of the order of files, and of the mixing, in training.
 
     Attributes:
@@ -119,6 +124,21 @@ class TextDataModule(LightningDataModule):
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
+    @property
+    def token_options(self) -> dict[str, Any]:
+        """The options that decide which tokens the text becomes, by their names on the command line."""
+        names = ["source", "text_field", "validation_files", "validation_fraction", "validation_tokens"]
+        names += ["vocab_size"] if self.tokenizer_name == "bpe" else []
+        return {"data.tokenizer": self.tokenizer_name, **{f"data.{name}": getattr(self, name) for name in names}}
+
+    @cached_property
+    def _prepared(self) -> Prepared | None:
+        if not is_prepared(self.source):
+            return None
+        if self.packing != "stream":
+            raise DataError(f"data.packing is {self.packing!r}, but prepared data is one stream; set it to stream.")
+        return open_prepared(str(self.source), self.token_options)
+
     @cached_property
     def corpus(self) -> Corpus:
         """The opened source."""
@@ -130,8 +150,12 @@ class TextDataModule(LightningDataModule):
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
-        tokenizer = load_tokenizer(self.tokenizer_name, self._training_texts(), self.vocab_size)
-        return Vocabulary(tokenizer, self.isolate_documents)
+        return Vocabulary(self._load_tokenizer(), self.isolate_documents)
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._prepared is not None:
+            return self._prepared.load_tokenizer()
+        return load_tokenizer(self.tokenizer_name, self._training_texts(), self.vocab_size)
 
     @cached_property
     def _tokenizer_identity(self) -> str:
@@ -150,14 +174,14 @@ class TextDataModule(LightningDataModule):
     @override
     def prepare_data(self) -> None:
         """On one process per machine: train or download the tokenizer, so that the others find it in the cache."""
-        load_tokenizer(self.tokenizer_name, self._training_texts(), self.vocab_size)
+        self._load_tokenizer()
 
     @override
     def setup(self, stage: str | None = None) -> None:
         """Open what the stage needs ("fit", "validate", "test", "predict"; None for all but predict)."""
         self._vocabulary  # noqa: B018 - loads it
         if stage != "predict":
-            self.corpus  # noqa: B018 - opens it, so that a wrong path fails here
+            self._prepared or self.corpus  # noqa: B018 - opens it, so that a wrong path fails here
         elif not self.predict_files:
             raise DataError("data.predict_files is empty; name the text files to predict on.")
 
@@ -178,7 +202,7 @@ class TextDataModule(LightningDataModule):
         """As many batches as the Trainer will train on, less those which it has trained on already."""
         refuse_other_data(self._resumed, self._stream_identity())
         self._training = self._loader(
-            self._stream(batches_to_train(self.trainer)),
+            self._batches(batches_to_train(self.trainer)),
             num_workers=self.num_workers,
             consumed=partial(batches_trained, self.trainer),
             resumed=resumed_places(self._resumed, self._rank_and_world_size[0]),
@@ -186,8 +210,19 @@ class TextDataModule(LightningDataModule):
         )
         return self._training
 
-    def _stream(self, total: int) -> TrainingBatches:
+    def _batches(self, total: int = 0) -> TrainingBatches | PreparedBatches:
         rank, world_size = self._rank_and_world_size
+        if self._prepared is not None:
+            return self._prepared.batches(
+                self._vocabulary,
+                self.sequence_length,
+                self.batch_size,
+                (rank, world_size),
+                seed=self.seed,
+                shuffle=self.mix_rows > 0,
+                total=total,
+                resumed=self._resumed,
+            )
         return TrainingBatches(
             shards=self.corpus.train,
             vocabulary=self._vocabulary,
@@ -212,8 +247,11 @@ class TextDataModule(LightningDataModule):
         Returns:
             Plain numbers, and the name of the shard; None if it is not known any more.
         """
+        stream = self._batches()
+        if isinstance(stream, PreparedBatches):
+            return stream.position(batches - 1)
         places = self._training.last_places if self._training is not None else {}
-        return self._stream(0).position(*places[batches]) if batches in places else None
+        return stream.position(*places[batches]) if batches in places else None
 
     def replay(self, position: dict[str, Any]) -> Batch:
         """A training batch once more, of whatever rank, on any machine with the same data and configuration.
@@ -224,15 +262,17 @@ class TextDataModule(LightningDataModule):
         Returns:
             The batch.
         """
-        return self._stream(0).replay(position)
+        return self._batches().replay(position)
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     @cached_property
     def _held_out_rows(self) -> Tokens:
-        rows = held_out_rows(
-            self.corpus.held_out.texts(), self._vocabulary, self.sequence_length, self.validation_tokens
-        )
+        shape = (self.sequence_length, self.validation_tokens)
+        if self._prepared is not None:
+            rows = self._prepared.held_out_rows(*shape)
+        else:
+            rows = held_out_rows(self.corpus.held_out.texts(), self._vocabulary, *shape)
         if len(rows) == 0:
             raise DataError(
                 "no document is held out to validate on; raise --data.validation_fraction, name "
@@ -266,13 +306,15 @@ class TextDataModule(LightningDataModule):
     # -- resume ------------------------------------------------------------------------------------------------------
 
     def _stream_identity(self) -> dict[str, Any]:
-        own = {"source": self.corpus.fingerprint, "tokenizer": self._tokenizer_identity}
-        return {**self._stream(0).identity(), **own}
+        source = self.corpus.fingerprint if self._prepared is None else self._prepared.manifest.fingerprint
+        return {**self._batches().identity(), "source": source, "tokenizer": self._tokenizer_identity}
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Where every rank's stream goes on, and what it depends on; a collective call."""
-        trained = batches_trained(self.trainer)
+        trained, stream = batches_trained(self.trainer), self._batches()
+        if isinstance(stream, PreparedBatches):
+            return {"batches": trained, "rows": stream.dealt.used(trained), **self._stream_identity()}
         places = self._training.places(trained) if self._training is not None else {}
         gathered = gather_places(places, *self._rank_and_world_size)
         return {"batches": trained, "places": gathered, **self._stream_identity()}

@@ -32,6 +32,8 @@ def gather_places(own: Places, rank: int, world_size: int) -> list[dict[int, lis
 
 def resumed_places(state: State, rank: int) -> tuple[int, Places] | None:
     """Of a checkpoint: how many batches each rank was done with, and where this one's workers go on; None without."""
+    if "rows" in state:  # of prepared data, whose batches are found by their number alone
+        return state["batches"], {}
     if "places" not in state:
         return None
     return state["batches"], {worker: Place(*numbers) for worker, numbers in state["places"][rank].items()}
