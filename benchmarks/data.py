@@ -192,6 +192,18 @@ def consumption(size: Any) -> float:
     return compute(parameters, Shape.of(config), T).tokens_per_second(PEAKS[FASTEST], 1)
 
 
+def summary(preparing: dict[str, Any], runs: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """What is written, after full rounds."""
+    return {
+        "machine": {**describe(), "load_average": os.getloadavg()},
+        "batch": {"rows": B, "tokens": T},
+        "prepare": preparing,
+        "taken": {size: consumption(size) for size in ("60m", "1b")},
+        "median": {case: {count: median(each) for count, each in found.items()} for case, found in runs.items()},
+        "rounds": runs,
+    }
+
+
 def table(result: dict[str, Any]) -> Table:
     """Millions of tokens a second, and how many times those of the best plain one that is."""
     view = Table("", "1 process", "2 processes", title="Million tokens a second (× plain, the better of the two)")
@@ -224,15 +236,8 @@ def main() -> None:
             for case, count in random.Random(number).sample(order, len(order)):
                 runs[case][str(count)].append(measure(case, folder, options.seconds, count))
                 print(f"round {number + 1}: {case}, {count} process(es): {runs[case][str(count)][-1] / 1e6:.2f} M/s")
-    result = {
-        "machine": {**describe(), "load_average": os.getloadavg()},
-        "batch": {"rows": B, "tokens": T},
-        "prepare": preparing,
-        "taken": {size: consumption(size) for size in ("60m", "1b")},
-        "median": {case: {count: median(each) for count, each in found.items()} for case, found in runs.items()},
-        "rounds": runs,
-    }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+            result = summary(preparing, runs)  # kept after every round, should a later one be cut off
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
     Console().print(table(result))
 
 
