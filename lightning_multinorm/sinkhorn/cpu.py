@@ -212,10 +212,11 @@ def _share_scalings(
     m, n = len(work.r), len(work.c)
     panels = _panels(m)
     partial = np.empty((len(panels), n), np.float32)
+    c = work.c if scaled else None  # None: all ones, until the first iteration is over
 
     def read(item: tuple[int, tuple[int, int]], own: _Work) -> None:
         k, i = item
-        kernels.read_rows(*G, *i, n, work.a, work.b, scaled, work.c, work.q, partial[k], own.buffer)
+        kernels.read_rows(*G, *i, n, work.a, work.b, scaled, c, work.q, partial[k], own.buffer)
 
     kernels.begin(work.r, work.c, work.b, scaled)
     for k in range(iterations + (residuals is not None)):
@@ -229,6 +230,7 @@ def _share_scalings(
         if k < iterations:
             kernels.close(work.q, work.r)
             kernels.close(total, work.c)
+            c = work.c
             if residuals is not None:
                 residuals[k, 1] = kernels.residual(total, work.c)
     return True

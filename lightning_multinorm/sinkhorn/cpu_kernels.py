@@ -110,12 +110,12 @@ def _store(x: Any, address: int, kind: int, stride: int, n: int, stochastic: boo
 
 @jit
 def _four_rows(x0: Any, x1: Any, x2: Any, x3: Any, c: Any, q: Any, i: int, sums: Any) -> None:
-    """q[i : i + 4] <- RMS of four rows of G diag(c); sums[j] += their (r_i G_ij)².
+    """q[i : i + 4] <- RMS of four rows of G diag(c), of G itself if c is None; sums[j] += their (r_i G_ij)².
 
     Each row is read in one run, which suits the prefetcher; the column sums then find all four in the first-level
     cache.
     """
-    n = len(c)
+    n = len(x0)
     q[i], q[i + 1] = _rms(_sum_of_squares(x0, c), n), _rms(_sum_of_squares(x1, c), n)
     q[i + 2], q[i + 3] = _rms(_sum_of_squares(x2, c), n), _rms(_sum_of_squares(x3, c), n)
     r0, r1, r2, r3 = _inverse(q[i]), _inverse(q[i + 1]), _inverse(q[i + 2]), _inverse(q[i + 3])
@@ -127,8 +127,8 @@ def _four_rows(x0: Any, x1: Any, x2: Any, x3: Any, c: Any, q: Any, i: int, sums:
 @jit
 def _sum_of_squares(x: Any, c: Any) -> Any:
     s = _ZERO
-    for j in range(len(c)):
-        y = widen(x[j]) * c[j]
+    for j in range(len(x)):
+        y = widen(x[j]) if c is None else widen(x[j]) * c[j]
         s = add(s, y * y)
     return s
 
@@ -151,9 +151,10 @@ def read_rows(
 ) -> None:  # fmt: skip
     """q[i0:i1] <- RMS of the rows i0..i1 of G diag(c); sums <- their column sums of (r_i G_ij)².
 
-    ``row`` and ``column`` are G's strides; with ``scaled``, diag(a) G diag(b) takes the place of G. Rows beyond i1 are
-    zeros, so q needs room for three more. Bfloat16 is read as it is, and put back into bfloat16 when scaled, which is
-    exact: one loop, and so one order of summation, for both.
+    ``c`` None is all ones, in machine code of its own that saves a multiplication. ``row`` and ``column`` are G's
+    strides; with ``scaled``, diag(a) G diag(b) takes the place of G. Rows beyond i1 are zeros, so q needs room for
+    three more. Bfloat16 is read as it is, and put back into bfloat16 when scaled, which is exact: one loop, and so one
+    order of summation, for both.
     """
     for j in range(n):
         sums[j] = _ZERO
@@ -343,7 +344,11 @@ def _alternate(
     for k in range(iterations + 1 if trace else iterations):
         total[:] = _ZERO
         for i0 in range(0, m, PANEL):
-            read_rows(G, kind, row, column, i0, min(i0 + PANEL, m), n, a, b, scaled, c, q, sums, buffer)
+            i1 = min(i0 + PANEL, m)
+            if k == 0 and not scaled:  # c is still 1
+                read_rows(G, kind, row, column, i0, i1, n, a, b, scaled, None, q, sums, buffer)
+            else:
+                read_rows(G, kind, row, column, i0, i1, n, a, b, scaled, c, q, sums, buffer)
             for j in range(n):
                 total[j] += sums[j]
         rms_of_columns(total, m)

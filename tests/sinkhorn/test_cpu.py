@@ -44,6 +44,19 @@ def test_threads_change_no_bit(dtype: torch.dtype, scale: float) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_rescaling_changes_no_bit_of_long_rows(dtype: torch.dtype, threads: int, iterations: int) -> None:
+    """The first iteration has loops of its own unless the matrix is rescaled: both must add up in one order."""
+    torch.set_num_threads(threads)
+    G = _heavy(cpu_kernels.PANEL + 37, 301).to(dtype)
+    r, c, _ = cpu.scalings(G, iterations)
+    tiny_r, tiny_c, _ = cpu.scalings(G * 2.0**-80, iterations)  # its row sums are not trusted
+    assert torch.equal(tiny_r * 2.0**-80, r)
+    assert torch.equal(tiny_c, c)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_any_strides(dtype: torch.dtype, threads: int) -> None:
