@@ -8,7 +8,14 @@ from reference.golden import SINKHORN, WHITENED, Golden, load
 
 torch.set_num_threads(1)  # the matrices here are small: threads would mostly wait for each other
 
-LONGEST = ("test_worlds.py", "test_readme.py", "test_resume.py", "test_strategies.py", "test_triton.py")
+LONGEST = (
+    "test_worlds.py",
+    "test_readme.py",
+    "test_faults.py",
+    "test_resume.py",
+    "test_strategies.py",
+    "test_triton.py",
+)
 """Files that take a minute or more: begun first, so that no core is left alone with them at the end."""
 
 

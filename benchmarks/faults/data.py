@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def prepare(source: Path, out: Path, options: list[str]) -> None:
     """The real command, in a process of its own."""
     if (process := os.fork()) == 0:
         try:
-            main(["prepare", "--data.source", str(source), *options, "--out", str(out)])
+            sys.argv[1:] = ["prepare", "--data.source", str(source), *options, "--out", str(out)]
+            main()
         except BaseException:
             os._exit(1)
         os._exit(0)

@@ -95,7 +95,8 @@ class Run:
                 places = {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": cell.ranks, "LOCAL_WORLD_SIZE": cell.ranks}
                 addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "faults"}
                 os.environ.update({name: str(value) for name, value in (places | addresses).items()})
-            main(args)
+            sys.argv[1:] = args
+            main()
             status = 0
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 1

@@ -1,11 +1,9 @@
-"""Run by test_resume.py as a program: trains a small LLaMA under one strategy after another, is killed, and goes on.
+"""Run by test_resume.py as a program: trains a small LLaMA under one strategy after another, and goes on.
 
 Usage: python -m tests.distributed.resume FOLDER DEVICES '[{"name": ..., "strategy": ..., ...}, ...]'
 """
 
 import json
-import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,15 +56,10 @@ class Data(LightningDataModule):
 
 
 class Record(Callback):
-    """Notes each step's loss, and kills the process in the middle of a step."""
+    """Notes each step's loss."""
 
-    def __init__(self, kill_at: int | None) -> None:
-        self.kill_at = kill_at
+    def __init__(self) -> None:
         self.losses: dict[int, float] = {}
-
-    def on_before_optimizer_step(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, *_: Any) -> None:
         loss = outputs["loss"].detach().clone()
@@ -94,7 +87,6 @@ def train(
     options: dict[str, Any] | None = None,
     optimizer: str = "sinkgd",
     precision: Any = "32-true",
-    kill_at: int | None = None,
     ckpt_path: str | None = None,
     background: bool = False,
 ) -> None:
@@ -104,7 +96,7 @@ def train(
         "vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2,
         "num_attention_heads": 4, "max_position_embeddings": LENGTH,
     }  # fmt: skip
-    record = Record(kill_at)
+    record = Record()
     saving = ModelCheckpoint(folder / name, "{step}", every_n_train_steps=2, save_top_k=-1)
     trainer = Trainer(
         accelerator="cpu", devices=devices, precision=precision, max_steps=STEPS, callbacks=[record, saving],
