@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CELLS = ("single-stream", "ddp-prepared", "fsdp2-folder-stream")
+CELLS = ("single-mixed", "ddp-prepared", "fsdp2-folder-stream")
 
 
 @pytest.fixture(scope="module")

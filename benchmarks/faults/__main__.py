@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.faults [--kills 30] [--seed 0] [--cells single-stream ...] [--out FILE]``
 
-Over one process, two under DDP and two under FSDP2 (both formats of checkpoints), on streamed and on prepared data:
+Over one process, two under DDP and two under FSDP2 (both formats of checkpoints), on streamed, mixed and prepared data:
 runs are sent SIGKILL or SIGTERM at a random moment, every third one while a checkpoint is being written, and are
 started again with ``--ckpt_path last``, until they are through. Every batch of every rank is compared with that of a
 run that was left alone, to the last bit of its loss, and so are all logged values but speeds.
@@ -36,7 +36,11 @@ STRATEGIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "fsdp2-folder": (2, ("--trainer.strategy", "fsdp2")),
     "fsdp2-file": (2, ("--trainer.strategy", SHARDED, "--trainer.strategy.in_folders", "false")),
 }
-DATA = {"stream": ("--data.mix_rows", "0"), "prepared": ()}  # the stream in its order, to tell documents; rows mixed
+DATA = {
+    "stream": ("--data.mix_rows", "0"),  # in the order of the documents, so that they can be told
+    "mixed": ("--data.mix_rows", "10"),
+    "prepared": (),
+}
 CELLS = [f"{strategy}-{data}" for strategy, data in itertools.product(STRATEGIES, DATA)]
 
 
@@ -44,7 +48,8 @@ def cell_of(name: str, folder: Path) -> Cell:
     """A cell of the matrix by its name."""
     strategy, _, data = name.rpartition("-")
     ranks, options = STRATEGIES[strategy]
-    return Cell(name, ranks, folder / data, (*options, *DATA[data]))
+    source = folder / ("prepared" if data == "prepared" else "shards")
+    return Cell(name, ranks, source, (*options, *DATA[data]))
 
 
 def interrupt(run: Run, chance: random.Random, number: signal.Signals, while_saving: bool, first: float) -> str:
@@ -106,9 +111,9 @@ def main() -> None:
     scratch = tempfile.TemporaryDirectory()
     folder = options.folder or Path(scratch.name)
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-    make_documents(folder / "stream", options.seed)
+    make_documents(folder / "shards", options.seed)
     if any(name.endswith("prepared") for name in options.cells):
-        prepare(folder / "stream", folder / "prepared", DATA_OPTIONS)
+        prepare(folder / "shards", folder / "prepared", DATA_OPTIONS)
     kills: dict[str, list[dict[str, Any]]] = {name: [] for name in options.cells}
     for number, name in zip(range(options.kills), itertools.cycle(options.cells), strict=False):
         kills[name].append({"kill": chance.random() < 0.6, "saving": number % 3 == 2})
@@ -117,7 +122,7 @@ def main() -> None:
         trials.append(trial(cell_of(name, folder), folder, options.steps, kills[name], chance))
     result = {"machine": describe(), "steps": options.steps, "seed": options.seed, "trials": trials}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    Console().print(table(trials))
+    Console(width=120).print(table(trials))
 
 
 def table(trials: list[dict[str, Any]]) -> Table:
