@@ -33,6 +33,9 @@ class Send(Callback):
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGTERM)
 
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        self.send(trainer, "batch")  # with accumulation, the first of several
+
     def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
         self.send(trainer, "step")
 
@@ -63,6 +66,7 @@ def stopped(folder: Path, *more: Callback, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("step", "during", "options", "saved"),
     [
+        (1, "batch", {}, 2),
         (1, "step", {}, 2),
         (2, "validation", {}, 2),
         (1, "saving", {"every_n_train_steps": 1}, 1),
