@@ -3,20 +3,25 @@
 ``python -m lightning_multinorm fit --config llama60m.yaml --config optimizer/adamw.yaml --trainer.max_steps 100``
 """
 
+import errno
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_multinorm.arguments import OneLineParser
 from lightning_multinorm.callbacks import (
     DocumentPerplexity,
     LossSpikes,
@@ -53,6 +58,7 @@ class MultiNormCLI(LightningCLI):
             LlamaPretraining,
             TextDataModule,
             trainer_class=trainer_class,
+            parser_class=OneLineParser,
             seed_everything_default=0,
             args=None if args is None else list(args),
             auto_configure_optimizers=False,
@@ -95,6 +101,16 @@ class MultiNormCLI(LightningCLI):
         parser.add_lightning_class_args(TrainingProgress, "progress")
         parser.add_lightning_class_args(DocumentPerplexity, "perplexity")
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would read the whole checkpoint, unchecked, for arguments that are in none of ours."""
+
+    def instantiate_classes(self) -> None:
+        """Trainer, model and data; a value that one of them refuses is an error of usage."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
     def before_instantiate_classes(self) -> None:
         """Only a training run has a folder to keep its configuration in."""
         if self.subcommand != "fit":
@@ -107,6 +123,11 @@ class MultiNormCLI(LightningCLI):
         if self.subcommand == "prepare":
             return cast(Trainer, Preparer())
         config = self.config_init[self.subcommand]
+        if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+            raise UsageError(
+                f"trainer.accelerator={config.trainer.accelerator}, but torch finds no GPU; set it to auto or cpu, or "
+                "install a torch that fits the driver (nvidia-smi)"
+            )
         logger = config.trainer.logger
         if logger in (None, True):
             logger = _loggers(config.run.root, config.run.name) if self.subcommand == "fit" else False
@@ -134,6 +155,15 @@ def _interval(trainer: Namespace) -> int:
 
 def _loggers(root: str, name: str) -> list[Logger]:
     """TensorBoard and CSV, in a new folder ``root/name/version_N``."""
+    folder = Path(root, name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UsageError(
+            f"the run's folder {folder} cannot be written: {error.strerror}; name another --run.root"
+        ) from None
     tensorboard = TensorBoardLogger(root, name=name)
     return [tensorboard, CSVLogger(root, name=name, version=Path(tensorboard.log_dir).name)]
 
@@ -161,6 +191,6 @@ def main(args: Sequence[str] | None = None) -> None:
         if args is None:
             sys.argv[1:] = resolve_configs(sys.argv[1:])  # where Lightning and the processes that it starts look
         MultiNormCLI(None if args is None else resolve_configs(args))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UsageError, MisconfigurationException) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -48,6 +48,7 @@ FLOORS = {
     "sinkhorn.select": 5,
     "norms": 1,
     "configurations": 1,
+    "arguments": 0,
     "alternating": 2,
     "sinkhorn": 6,
     "optim.routing": 7,

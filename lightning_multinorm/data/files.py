@@ -63,6 +63,8 @@ def _parse_lines(file: BufferedIOBase, path: str, text_field: str, start: int, s
         _check_length(len(line), f"{path}, line {number}")
         try:
             record = json.loads(line)
+        except UnicodeDecodeError:
+            raise DataError(f"{path}, line {number}: not UTF-8; convert the file (iconv -t utf-8).") from None
         except ValueError:
             raise DataError(f"{path}, line {number}: not JSON; the file must hold one JSON object a line.") from None
         text = record.get(text_field) if type(record) is dict else None

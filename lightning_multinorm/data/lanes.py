@@ -77,7 +77,7 @@ class Lane:
             The place of a document's first token, and its text.
 
         Raises:
-            DataError: If a whole epoch has none for this lane.
+            DataError: If a whole epoch has no text for this lane.
         """
         place = replace(start, token=0, batch=0)
         for epoch in count(start.epoch):
@@ -89,11 +89,11 @@ class Lane:
                 if shard == place.shard:
                     first = max(first, place.document)
                 for document, text in self.shards.documents(index, first, step):
-                    found = True
+                    found = found or bool(text)
                     yield Place(epoch, shard, document), text
             if whole and not found:
                 raise DataError(
-                    f"lane {self.number} of {self.lanes} (ranks × workers) found no training document; give more files "
+                    f"lane {self.number} of {self.lanes} (ranks × workers) found no text to train on; give more files "
                     "in --data.source, lower --data.validation_fraction, or use fewer ranks and --data.num_workers."
                 )
             place = Place()

@@ -15,10 +15,13 @@ def batches_to_train(trainer: Trainer | None) -> int:
         The number of batches.
 
     Raises:
-        DataError: If there is no Trainer, or no end.
+        DataError: If there is no Trainer, nothing to do, or no end.
     """
     if trainer is None:
         raise DataError("train_dataloader() asks the Trainer for its number of steps; hand the module to Trainer.fit.")
+    for name in ("max_steps", "accumulate_grad_batches"):
+        if getattr(trainer, name) == 0:
+            raise DataError(f"trainer.{name} is 0, so nothing would be trained; set it to 1 or more.")
     if trainer.max_steps >= 0:
         # From where it is now: a resumed run may accumulate over another number of batches than the one before.
         window, done = trainer.accumulate_grad_batches, batches_trained(trainer)

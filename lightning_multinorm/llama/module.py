@@ -1,5 +1,7 @@
 """The LightningModule that pretrains a LLaMA. Data and optimizers meet here, and in the command line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -175,7 +177,8 @@ class LlamaPretraining(LightningModule):
         model: Any = self
         if trainer is not None and is_flat(trainer):  # only the outermost wrapper knows what its own slices are
             model = trainer.strategy.model
-        optimizer = self.optimizer(parameter_groups(model, policy=self.policy, overrides=self.rules))
+        with _usage():
+            optimizer = self.optimizer(parameter_groups(model, policy=self.policy, overrides=self.rules))
         replicated = trainer is not None and isinstance(trainer.strategy, DDPStrategy)
         if replicated and isinstance(optimizer, MultiNormOptimizer):
             optimizer.replicas = torch.distributed.group.WORLD
@@ -184,7 +187,8 @@ class LlamaPretraining(LightningModule):
         self._configured = hyperparameters(optimizer)
         if self.scheduler is None:
             return optimizer
-        scheduler = self.scheduler(optimizer)
+        with _usage():
+            scheduler = self.scheduler(optimizer)
         if isinstance(scheduler, WarmupSchedule) and scheduler.total_steps is None:
             steps = self.trainer.estimated_stepping_batches
             if steps == float("inf"):
@@ -266,3 +270,12 @@ class LlamaPretraining(LightningModule):
         values = {f"{stage}/{name}": value.float() for name, value in metric.compute().items()}
         metric.reset()
         self.log_dict(values, sync_dist=True)
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """A hyper-parameter out of range, or a rule that fits nothing, is the user's to mend."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error

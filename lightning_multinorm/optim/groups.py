@@ -185,5 +185,9 @@ def _check_overrides(overrides: Mapping[str, Rule], names: list[str]) -> None:
     for pattern, rule in overrides.items():
         if rule not in get_args(Rule):
             raise ValueError(f"overrides[{pattern!r}]={rule!r} is no rule; use one of {', '.join(get_args(Rule))}")
-        if not any(re.search(pattern, name) for name in names):
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"overrides[{pattern!r}] is no regular expression: {error}") from None
+        if not any(compiled.search(name) for name in names):
             raise ValueError(f"overrides[{pattern!r}] matches no parameter; names are such as {names[:3]}")

@@ -109,9 +109,9 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
 
 @pytest.mark.parametrize("start", [Place(), Place(3, 0, 1)])
 def test_a_lane_without_documents_raises_instead_of_waiting(start: Place) -> None:
-    with pytest.raises(DataError, match=r"lane 0 of 1 .*found no training document.*--data.source"):
+    with pytest.raises(DataError, match=r"lane 0 of 1 .*found no text to train on.*--data.source"):
         next(Lane(MemoryShards([[]])).documents(start))
-    with pytest.raises(DataError, match=r"lane 1 of 2 .*found no training document"):
+    with pytest.raises(DataError, match=r"lane 1 of 2 .*found no text to train on"):
         list(islice(Lane(MemoryShards([["only one"]]), 0, 1, 2).documents(start), 1))
 
 
