@@ -33,7 +33,7 @@ class Send(Callback):
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+    def on_before_backward(self, trainer: Any, *_: Any) -> None:
         self.send(trainer, "batch")  # with accumulation, the first of several
 
     def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
