@@ -83,6 +83,9 @@ class MultiNormCLI(LightningCLI):
         if self.config.subcommand in ("plan", "prepare"):
             config.seed_everything = False
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would read the whole checkpoint, unchecked, for hyper-parameters it does not hold."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Sections ``run``, ``checkpoint``, and one for each callback that is always there."""
         parser.add_argument("--run.root", type=str, default="runs", help="Folder that all runs lie in.")

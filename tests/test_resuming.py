@@ -64,6 +64,16 @@ class Idle(PlanningTrainer):
         Idle.found = ckpt_path
 
 
+def test_a_damaged_one_is_left_to_the_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It checks, and ends in one line; the command line itself reads nothing of it."""
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(b"half")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning_multinorm"])
+    MultiNormCLI(["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--ckpt_path", str(path)], trainer_class=Idle)
+    assert Idle.found == str(path)
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_the_command_line_and_the_processes_it_starts_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
