@@ -104,9 +104,6 @@ class MultiNormCLI(LightningCLI):
         parser.add_lightning_class_args(TrainingProgress, "progress")
         parser.add_lightning_class_args(DocumentPerplexity, "perplexity")
 
-    def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning would read the whole checkpoint, unchecked, for arguments that are in none of ours."""
-
     def instantiate_classes(self) -> None:
         """Trainer, model and data; a value that one of them refuses is an error of usage."""
         try:
