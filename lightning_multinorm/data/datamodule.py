@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from functools import cached_property, partial
-from typing import Any, get_args
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from lightning_multinorm.data.arguments import check_arguments
 from lightning_multinorm.data.errors import DataError
 from lightning_multinorm.data.evaluation import MemoryBatches, document_rows, held_out_rows
 from lightning_multinorm.data.files import name_documents
@@ -101,26 +102,7 @@ class TextDataModule(LightningDataModule):
         self.predict_names: list[str] = []
         self._resumed: dict[str, Any] = {}
         self._training: BatchLoader | None = None
-        self._check_arguments()
-
-    def _check_arguments(self) -> None:
-        at_least_one = ("sequence_length", "batch_size", "validation_batch_size", "validation_tokens")
-        minimum = {**dict.fromkeys(at_least_one, 1), "num_workers": 0, "mix_rows": 0, "seed": 0}
-        if self.packing not in get_args(Packing):
-            raise DataError(f"data.packing is {self.packing!r}; set it to one of {', '.join(get_args(Packing))}.")
-        for name, least in minimum.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise DataError(f"data.{name} is {value}; set it to {least} or more.")
-        if self.tokenizer_name == "bpe" and self.vocab_size < 257:
-            raise DataError(
-                f"data.vocab_size is {self.vocab_size}; 'bpe' needs 257 or more (256 bytes and the end of text)."
-            )
-        if not 0 < self.validation_fraction < 1:
-            raise DataError(
-                f"data.validation_fraction is {self.validation_fraction}; set it between 0 and 1, e.g. 0.01 "
-                "(to train without validation set --trainer.limit_val_batches 0)."
-            )
+        check_arguments(self)
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
