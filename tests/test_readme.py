@@ -26,6 +26,7 @@ def run(command: str, folder: Path) -> str:
     """A command of the README, after its installation, in an empty folder."""
     _, _, command = command.rpartition("&& ")
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "160"}
+    environment["OMP_NUM_THREADS"] = "1"  # other tests run beside it, and threads that share cores wait for each other
     args = shlex.split(command.replace("python", sys.executable, 1))
     done = subprocess.run(args, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
