@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -123,11 +125,7 @@ class MultiNormCLI(LightningCLI):
         if self.subcommand == "prepare":
             return cast(Trainer, Preparer())
         config = self.config_init[self.subcommand]
-        if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-            raise UsageError(
-                f"trainer.accelerator={config.trainer.accelerator}, but torch finds no GPU; set it to auto or cpu, or "
-                "install a torch that fits the driver (nvidia-smi)"
-            )
+        _check_devices(config.trainer)
         logger = config.trainer.logger
         if logger in (None, True):
             logger = _loggers(config.run.root, config.run.name) if self.subcommand == "fit" else False
@@ -146,6 +144,24 @@ class MultiNormCLI(LightningCLI):
             *(plugins if isinstance(plugins, list) else [plugins]),
         ]
         return super().instantiate_trainer(logger=logger, callbacks=callbacks, enable_progress_bar=True, **kwargs)
+
+
+def _check_devices(trainer: Namespace) -> None:
+    """What Lightning would refuse without a word of what to do.
+
+    Raises:
+        UsageError: for an unknown strategy, or a GPU that is not there.
+    """
+    strategies = ["auto", *StrategyRegistry.available_strategies()]
+    if isinstance(trainer.strategy, str) and trainer.strategy not in strategies:
+        close = get_close_matches(trainer.strategy, strategies, n=1)
+        hint = f"did you mean {close[0]}?" if close else "use auto, ddp, fsdp2, hsdp, tp or fsdp"
+        raise UsageError(f"trainer.strategy={trainer.strategy} is not known; {hint}")
+    if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UsageError(
+            f"trainer.accelerator={trainer.accelerator}, but torch finds no GPU; set it to auto or cpu, or install a "
+            "torch that fits the driver (nvidia-smi)"
+        )
 
 
 def _interval(trainer: Namespace) -> int:

@@ -18,7 +18,7 @@ CHEAP = {
     "a list": "own.yaml is a list; it must be sections",
     "a number for a section": "trainer is 3; it must be a section",
     "unknown key": "data.batch_sise is not known; did you mean data.batch_size?",
-    "unknown strategy": "strategy='fsdp3'",
+    "unknown strategy": "trainer.strategy=fsdp3 is not known; did you mean fsdp",
     "GPU that is not there": "trainer.accelerator=gpu, but torch finds no GPU",
     "folder that cannot be written": "a.txt/runs/quickstart cannot be written: Not a directory; name another",
     "no checkpoint": "own.ckpt is not usable",

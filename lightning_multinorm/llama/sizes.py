@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
@@ -62,14 +63,16 @@ def llama_config(size: Size | None, overrides: Mapping[str, Any] | None = None) 
     overrides = dict(overrides or {})
     if unknown := sorted(overrides.keys() - config_fields()):
         # LlamaConfig itself would keep an unknown field, and ignore it.
-        raise UsageError(f"config has {', '.join(unknown)}, which LlamaConfig does not know; check the spelling")
+        close = get_close_matches(unknown[0], config_fields(), n=1)
+        hint = f"did you mean {close[0]}?" if close else "check the spelling"
+        raise UsageError(f"model.config has {', '.join(unknown)}, which LlamaConfig does not know; {hint}")
     values = {**_COMMON, **SIZES[size or "60m"], **overrides}
     if "num_key_value_heads" not in overrides:
         values["num_key_value_heads"] = values["num_attention_heads"]
     try:
         config = LlamaConfig(**values)
     except StrictDataclassError as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).rpartition("Error:")[2].split())
         raise UsageError(f"model.config cannot be: {reason}") from None
     heads = config.num_attention_heads
     kv_heads = config.num_key_value_heads or heads
