@@ -19,48 +19,53 @@ from lightning_multinorm.scaling import inverse_power_of_two, working_dtype
 from lightning_multinorm.sinkhorn.eager import block_size
 
 Rows = Literal["kept", "powered", "balanced"]
-"""What becomes of a row's norm N. kept: N. powered: N^`EXPONENT`. balanced: x / √(1 + (x / K)²) with x = N / √E, where
-E is the norm to be expected of a row of its offset, see `_expected_norms`: for x much smaller than the knee K it is x,
-and K for much larger ones; K is `KNEE` times the root mean square of x over the rows that are not zero."""
+"""What becomes of a row's norm N. kept: N. powered: N^`EXPONENT`. balanced: N is clipped at `ROW_KNEE`, divided by √E,
+where E is the norm to be expected of a row of its offset, see `_expected_norms`, and clipped at `BALANCED_KNEE`; where
+clipped means x / √(1 + (x / K)²), with K so many times the root mean square over the rows that are not zero."""
 
 EXPONENT = 0.25
-KNEE = 2.0
+ROW_KNEE = 2.0
+"""Longer rows are those of tokens so frequent that their own norm, present in every batch, tells more than a fit."""
+BALANCED_KNEE = 4.0
+"""Bounds the step of the rarest tokens where they do occur."""
 _NO_ROW = 10_000  # exponent of a row that is zero, beyond any other
 
 
 def row_scaling(matrix: ShardedMatrix, rows: Rows, like: Tensor) -> Tensor:
     """r for the frame's rows: ``diag(r) G`` has rows of the norms that ``rows`` says, times what makes its RMS 1.
 
-    Norms are compared by their logarithms, so that no square of a small row is lost beside a large one. With
+    Norms are worked on as logarithms, so that no square of a small row is lost beside a large one. With
     a_i N_i = s_i in [1/2, √n) and a_i = 2^e a_0, a_0 of the row with the largest entry, log2 N_i is log2 s_i - e in
     units of 1 / a_0.
     """
     a, norms, exponent = _row_norms(matrix, like)
-    found = norms > 0
-    norms = torch.where(found, norms, 1)
-    logs = norms.log2() - exponent
+    logs = torch.where(norms > 0, norms.log2() - exponent, -torch.inf)
+    inverse = torch.where(norms > 0, a / norms, 0)
     if rows == "powered":
         logs = logs * EXPONENT
     if rows == "balanced":
-        logs = logs - _expected_norms(matrix, torch.where(found, a / norms, 0), logs, found) / 2
-    weights = torch.where(found, torch.exp2(logs - _largest(torch.where(found, logs, -torch.inf), matrix)), 0)
-    if rows == "balanced":
-        count, total = all_reduce_(found.sum().to(a.dtype), matrix.row_frames), _sum(weights.square(), matrix)
-        squared_knee = KNEE**2 * total / count.clamp(min=1)
-        weights = weights * torch.rsqrt(1 + weights.square() / torch.where(total > 0, squared_knee, 1))
-    squared = _sum(weights.square(), matrix)
-    r = weights * a / norms
-    return r * torch.where(squared > 0, (matrix.shape[0] * matrix.shape[1] / squared).sqrt(), 0)
+        balanced = _clipped(logs, ROW_KNEE, matrix) - _expected_norms(matrix, inverse, logs) / 2
+        logs = _clipped(balanced, BALANCED_KNEE, matrix)
+    weights = _over_largest(logs, matrix)
+    squared = all_reduce_(weights.square().sum(), matrix.row_frames)
+    return weights * inverse * torch.where(squared > 0, (matrix.shape[0] * matrix.shape[1] / squared).sqrt(), 0)
 
 
-def _expected_norms(matrix: ShardedMatrix, inverse: Tensor, logs: Tensor, found: Tensor) -> Tensor:
+def _clipped(logs: Tensor, knee: float, matrix: ShardedMatrix) -> Tensor:
+    """log2 of x / √(1 + (x / K)²) for log2 of norms x; K is ``knee`` times the RMS of those that are not zero."""
+    squares = _over_largest(logs, matrix).square()
+    count, total = all_reduce_(torch.stack([(logs > -torch.inf).sum(), squares.sum()]), matrix.row_frames)
+    return logs - torch.log2(1 + squares * torch.where(total > 0, count / (knee**2 * total), 0)) / 2
+
+
+def _expected_norms(matrix: ShardedMatrix, inverse: Tensor, logs: Tensor) -> Tensor:
     """log2 of the norm that a row of its offset has on (geometric) average, up to a constant that all rows share.
 
     The offset of row i is z_i = W_i u with u the sum of all rows of G, each over its norm (``inverse``). In a softmax
     head u is the mean hidden state but for its size, so z_i is what makes token i frequent whatever the context. The
-    logarithms are fitted by a straight line in z, by least squares over the rows ``found`` not to be zero.
+    logarithms are fitted by a straight line in z, by least squares over the rows that are not zero.
     """
-    z = _offsets(matrix, inverse)
+    z, found = _offsets(matrix, inverse), logs > -torch.inf
     z = z * inverse_power_of_two(_largest(z.abs(), matrix))
     z, logs = torch.where(found, z, 0), torch.where(found, logs, 0)
     count, *sums = all_reduce_(torch.stack([found.sum(), z.sum(), logs.sum()]), matrix.row_frames)
@@ -142,9 +147,10 @@ def _row_norms(matrix: ShardedMatrix, like: Tensor) -> tuple[Tensor, Tensor, Ten
     return a, squares.sqrt(), (exponent - smallest).to(a.dtype)
 
 
-def _sum(values: Tensor, matrix: ShardedMatrix) -> Tensor:
-    """Over all rows of the matrix."""
-    return all_reduce_(values.sum(), matrix.row_frames)
+def _over_largest(logs: Tensor, matrix: ShardedMatrix) -> Tensor:
+    """Norms from their log2, over the largest of all rows of the matrix."""
+    largest = _largest(logs, matrix)
+    return torch.exp2(logs - torch.where(largest == -torch.inf, 0, largest))
 
 
 def _largest(values: Tensor, matrix: ShardedMatrix) -> Tensor:
