@@ -19,15 +19,12 @@ from lightning_multinorm.scaling import inverse_power_of_two, working_dtype
 from lightning_multinorm.sinkhorn.eager import block_size
 
 Rows = Literal["kept", "powered", "balanced"]
-"""What becomes of a row's norm N. kept: N. powered: N^`EXPONENT`. balanced: N is clipped at `ROW_KNEE`, divided by √E,
-where E is the norm to be expected of a row of its offset, see `_expected_norms`, and clipped at `BALANCED_KNEE`; where
-clipped means x / √(1 + (x / K)²), with K so many times the root mean square over the rows that are not zero."""
+"""What becomes of a row's norm N. kept: N. powered: N^`EXPONENT`. balanced: x / √(1 + (x / K)²) with x = N / √(1 + E).
+E is the norm to be expected of a row of its offset, over the geometric mean of all norms, see `_expected_norms`. K is
+`KNEE` times the root mean square of x over the rows that are not zero: longer rows are clipped."""
 
 EXPONENT = 0.25
-ROW_KNEE = 2.0
-"""Longer rows are those of tokens so frequent that their own norm, present in every batch, tells more than a fit."""
-BALANCED_KNEE = 4.0
-"""Bounds the step of the rarest tokens where they do occur."""
+KNEE = 4.0
 _NO_ROW = 10_000  # exponent of a row that is zero, beyond any other
 
 
@@ -44,22 +41,22 @@ def row_scaling(matrix: ShardedMatrix, rows: Rows, like: Tensor) -> Tensor:
     if rows == "powered":
         logs = logs * EXPONENT
     if rows == "balanced":
-        balanced = _clipped(logs, ROW_KNEE, matrix) - _expected_norms(matrix, inverse, logs) / 2
-        logs = _clipped(balanced, BALANCED_KNEE, matrix)
+        expected = _expected_norms(matrix, inverse, logs)
+        logs = _clipped(logs - torch.logaddexp2(expected, torch.zeros_like(expected)) / 2, matrix)
     weights = _over_largest(logs, matrix)
     squared = all_reduce_(weights.square().sum(), matrix.row_frames)
     return weights * inverse * torch.where(squared > 0, (matrix.shape[0] * matrix.shape[1] / squared).sqrt(), 0)
 
 
-def _clipped(logs: Tensor, knee: float, matrix: ShardedMatrix) -> Tensor:
-    """log2 of x / √(1 + (x / K)²) for log2 of norms x; K is ``knee`` times the RMS of those that are not zero."""
+def _clipped(logs: Tensor, matrix: ShardedMatrix) -> Tensor:
+    """log2 of x / √(1 + (x / K)²) for log2 of norms x."""
     squares = _over_largest(logs, matrix).square()
     count, total = all_reduce_(torch.stack([(logs > -torch.inf).sum(), squares.sum()]), matrix.row_frames)
-    return logs - torch.log2(1 + squares * torch.where(total > 0, count / (knee**2 * total), 0)) / 2
+    return logs - torch.log2(1 + squares * torch.where(total > 0, count / (KNEE**2 * total), 0)) / 2
 
 
 def _expected_norms(matrix: ShardedMatrix, inverse: Tensor, logs: Tensor) -> Tensor:
-    """log2 of the norm that a row of its offset has on (geometric) average, up to a constant that all rows share.
+    """log2 of the norm that a row of its offset has on average, over that of all rows; the averages are geometric.
 
     The offset of row i is z_i = W_i u with u the sum of all rows of G, each over its norm (``inverse``). In a softmax
     head u is the mean hidden state but for its size, so z_i is what makes token i frequent whatever the context. The

@@ -8,7 +8,8 @@ divided by must not depend on the batch, then, but may on the token: Adam divide
 the square root of a token's frequency. The rule here finds as much without a memory, by a mean over rows in place of
 one over time. A token's frequency is already in the weights, as the part of its logit that no context changes; a fit of
 row norms to it tells what norm a token as frequent has. Most rows of a batch belong to tokens that it lacks, where that
-norm is in proportion to the frequency, hence the square root of it.
+norm is in proportion to the frequency, hence the square root of it. Of the rarer half of the tokens the fit is poor,
+and a step too large for one feeds on itself: their rows are divided by about the same, and long rows clipped.
 
 As in `lightning_multinorm.sinkhorn`, no direction is formed as a whole. It is ``diag(r) G diag(c)`` with vectors r and
 c, G is read in blocks of rows, and only vectors travel between ranks. Directions have entries of RMS 1 (times the
