@@ -107,6 +107,15 @@ def test_a_row_is_scaled_by_its_offset_whether_the_batch_has_its_token_or_not() 
     assert_close(within[5], without[5], rtol=0.05, atol=0)
 
 
+def test_rows_without_gradient_have_no_say_in_what_is_expected_of_others() -> None:
+    G, W = _skewed(20, 8).double(), torch.randn(20, 8).double() + 1
+    G[[3, 7, 11]] = 0
+    found = G.any(dim=1)
+    r = _row_scaling(G, W)
+    assert not r[~found].any()
+    assert_close(r[found], _row_scaling(G[found], W[found]) * (20 / 17) ** 0.5, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("k", [-60, -1, 60])
 def test_powers_of_two_in_the_weight_change_no_bit_of_the_scaling(k: int) -> None:
     G, W = _skewed(20, 8), torch.randn(20, 8)
