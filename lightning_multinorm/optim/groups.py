@@ -15,7 +15,7 @@ from lightning_multinorm.optim.routing import Kind, Route, route_by_name, route_
 from lightning_multinorm.optim.stateless import MATRIX_RULES
 from lightning_multinorm.views import check_view
 
-Rule = Literal["multinorm", "adam", "row_power", "column", "clipped_column", "sign"]
+Rule = Literal["multinorm", "adam", "row_power", "column", "balanced_column", "sign"]
 """multinorm: the optimizer's own. adam: the only one with state. The others, without state: see `stateless`."""
 Policy = Literal["paper", "stateless"] | Mapping[Kind, Rule]
 Group = dict[str, Any]
@@ -32,7 +32,7 @@ PAPER: Mapping[Kind, Rule] = {
 STATELESS: Mapping[Kind, Rule] = {
     "matrix": "multinorm",
     "embedding": "row_power",
-    "head": "clipped_column",
+    "head": "balanced_column",
     "norm": "sign",
     "bias": "sign",
 }

@@ -18,37 +18,71 @@ from lightning_multinorm.layouts import Piece, ShardedMatrix, all_reduce_
 from lightning_multinorm.scaling import inverse_power_of_two, working_dtype
 from lightning_multinorm.sinkhorn.eager import block_size
 
-Rows = Literal["kept", "powered", "clipped"]
-"""What becomes of a row's norm N. kept: N. powered: N^`EXPONENT`. clipped: N / √(1 + (N / K)²), which for N much
-smaller than the knee K is N, and K for much larger ones; K is `KNEE` times the root mean square of the norms of rows
-that are not zero."""
+Rows = Literal["kept", "powered", "balanced"]
+"""What becomes of a row's norm N. kept: N. powered: N^`EXPONENT`. balanced: x / √(1 + (x / K)²) with x = N / √(1 + E).
+E is the norm to be expected of a row of its offset, over the geometric mean of all norms, see `_expected_norms`. K is
+`KNEE` times the root mean square of x over the rows that are not zero: longer rows are clipped."""
 
 EXPONENT = 0.25
-KNEE = 2.0
+KNEE = 4.0
 _NO_ROW = 10_000  # exponent of a row that is zero, beyond any other
 
 
 def row_scaling(matrix: ShardedMatrix, rows: Rows, like: Tensor) -> Tensor:
     """r for the frame's rows: ``diag(r) G`` has rows of the norms that ``rows`` says, times what makes its RMS 1.
 
-    With a_i N_i = s_i in [1/2, √n) and a_i = 2^e a_0, a_0 of the row with the largest entry, N_i is s_i 2^-e in units
-    of 1 / a_0, and no square of a small row is lost beside a large one.
+    Norms are worked on as logarithms, so that no square of a small row is lost beside a large one. With
+    a_i N_i = s_i in [1/2, √n) and a_i = 2^e a_0, a_0 of the row with the largest entry, log2 N_i is log2 s_i - e in
+    units of 1 / a_0.
     """
     a, norms, exponent = _row_norms(matrix, like)
-    found = norms > 0
-    norms = torch.where(found, norms, 1)
-    power = EXPONENT if rows == "powered" else 1.0
-    # In two factors, since 2^-e may be below the range where 2^-e a_i is not.
-    half = torch.where(found, torch.exp2(exponent * (-power / 2)), 0)
-    weights = norms.pow(power) * half * half
-    r = norms.pow(power - 1) * a * half * half
-    if rows == "clipped":
-        count, total = all_reduce_(found.sum().to(a.dtype), matrix.row_frames), _sum(weights, matrix)
-        squared_knee = KNEE**2 * total / count.clamp(min=1)
-        clip = torch.rsqrt(1 + weights.square() / torch.where(total > 0, squared_knee, 1))
-        weights, r = weights * clip, r * clip
-    squared = _sum(weights, matrix)
-    return r * torch.where(squared > 0, (matrix.shape[0] * matrix.shape[1] / squared).sqrt(), 0)
+    logs = torch.where(norms > 0, norms.log2() - exponent, -torch.inf)
+    inverse = torch.where(norms > 0, a / norms, 0)
+    if rows == "powered":
+        logs = logs * EXPONENT
+    if rows == "balanced":
+        expected = _expected_norms(matrix, inverse, logs)
+        logs = _clipped(logs - torch.logaddexp2(expected, torch.zeros_like(expected)) / 2, matrix)
+    weights = _over_largest(logs, matrix)
+    squared = all_reduce_(weights.square().sum(), matrix.row_frames)
+    return weights * inverse * torch.where(squared > 0, (matrix.shape[0] * matrix.shape[1] / squared).sqrt(), 0)
+
+
+def _clipped(logs: Tensor, matrix: ShardedMatrix) -> Tensor:
+    """log2 of x / √(1 + (x / K)²) for log2 of norms x."""
+    squares = _over_largest(logs, matrix).square()
+    count, total = all_reduce_(torch.stack([(logs > -torch.inf).sum(), squares.sum()]), matrix.row_frames)
+    return logs - torch.log2(1 + squares * torch.where(total > 0, count / (KNEE**2 * total), 0)) / 2
+
+
+def _expected_norms(matrix: ShardedMatrix, inverse: Tensor, logs: Tensor) -> Tensor:
+    """log2 of the norm that a row of its offset has on average, over that of all rows; the averages are geometric.
+
+    The offset of row i is z_i = W_i u with u the sum of all rows of G, each over its norm (``inverse``). In a softmax
+    head u is the mean hidden state but for its size, so z_i is what makes token i frequent whatever the context. The
+    logarithms are fitted by a straight line in z, by least squares over the rows that are not zero.
+    """
+    z, found = _offsets(matrix, inverse), logs > -torch.inf
+    z = z * inverse_power_of_two(_largest(z.abs(), matrix))
+    z, logs = torch.where(found, z, 0), torch.where(found, logs, 0)
+    count, *sums = all_reduce_(torch.stack([found.sum(), z.sum(), logs.sum()]), matrix.row_frames)
+    z, logs = (torch.where(found, x - total / count.clamp(min=1), 0) for x, total in zip((z, logs), sums, strict=True))
+    variance, covariance = all_reduce_(torch.stack([z.square().sum(), (z * logs).sum()]), matrix.row_frames)
+    return z * torch.where(variance > 0, covariance / variance, 0)
+
+
+def _offsets(matrix: ShardedMatrix, inverse: Tensor) -> Tensor:
+    """W u for the frame's rows, u the sum of the rows of diag(inverse) G."""
+    u, z = inverse.new_zeros(matrix.frame[1]), torch.zeros_like(inverse)
+    for piece in matrix.pieces:
+        for _, X in _scaled_blocks(piece, inverse):
+            u[place(piece)[1]] += X.sum(0)
+    all_reduce_(u, matrix.column_groups)
+    for piece in matrix.pieces:
+        rows, columns = place(piece)
+        for block in row_blocks(piece.weight):
+            z[rows][block] += (piece.weight[block] * u[columns]).sum(-1)  # no product of matrices: see `eager`
+    return all_reduce_(z, matrix.row_groups)
 
 
 def column_scaling(matrix: ShardedMatrix, r: Tensor) -> Tensor:
@@ -110,6 +144,13 @@ def _row_norms(matrix: ShardedMatrix, like: Tensor) -> tuple[Tensor, Tensor, Ten
     return a, squares.sqrt(), (exponent - smallest).to(a.dtype)
 
 
-def _sum(weights: Tensor, matrix: ShardedMatrix) -> Tensor:
-    """Sum of squares over all rows of the matrix."""
-    return all_reduce_(weights.square().sum(), matrix.row_frames)
+def _over_largest(logs: Tensor, matrix: ShardedMatrix) -> Tensor:
+    """Norms from their log2, over the largest of all rows of the matrix."""
+    largest = _largest(logs, matrix)
+    return torch.exp2(logs - torch.where(largest == -torch.inf, 0, largest))
+
+
+def _largest(values: Tensor, matrix: ShardedMatrix) -> Tensor:
+    """Over all rows of the matrix."""
+    largest = values.amax() if len(values) else values.new_full((), -torch.inf)
+    return all_reduce_(largest, matrix.row_frames, dist.ReduceOp.MAX)

@@ -1,10 +1,15 @@
 """Rules without state for what is no hidden matrix: embedding, output head, norm gains and biases.
 
 SR-Sinkhorn fits neither embedding nor head. In an embedding's gradient the rows of tokens that the batch lacks are
-zero: with k of m rows active it makes these √(m/k) too large. In a head's, all rows have a gradient in every step, and
-if each step normalises them, the many small pushes away from a rare token weigh as much as the few large ones towards
-it, and the model ends up expecting it too seldom. So the rules here take a root of an embedding's row norms, and clip
-only the long rows of a head, those of frequent tokens; short ones stay in proportion.
+zero: with k of m rows active it makes these √(m/k) too large. In a head's, all rows have a gradient in every step: the
+batches that lack a rare token push it away a little, the few that have it pull it by far more. If each step normalises
+its rows, the pushes weigh as much as the pulls, and the model ends up expecting the token too seldom. What a row is
+divided by must not depend on the batch, then, but may on the token: Adam divides by a root mean square over time, about
+the square root of a token's frequency. The rule here finds as much without a memory, by a mean over rows in place of
+one over time. A token's frequency is already in the weights, as the part of its logit that no context changes; a fit of
+row norms to it tells what norm a token as frequent has. Most rows of a batch belong to tokens that it lacks, where that
+norm is in proportion to the frequency, hence the square root of it. Of the rarer half of the tokens the fit is poor,
+and a step too large for one feeds on itself: their rows are divided by about the same, and long rows clipped.
 
 As in `lightning_multinorm.sinkhorn`, no direction is formed as a whole. It is ``diag(r) G diag(c)`` with vectors r and
 c, G is read in blocks of rows, and only vectors travel between ranks. Directions have entries of RMS 1 (times the
@@ -45,15 +50,16 @@ class MatrixRule(NamedTuple):
 MATRIX_RULES: Mapping[str, MatrixRule] = {
     "row_power": MatrixRule("powered", "kept"),
     "column": MatrixRule("kept", "normalized"),
-    "clipped_column": MatrixRule("clipped", "normalized"),
+    "balanced_column": MatrixRule("balanced", "normalized"),
 }
 """row_power: rows keep the fourth roots of their norms. column: columns normalised, as arXiv:2506.16659 (SCALE) does
-with the output head, but without its momentum. clipped_column: long rows clipped first. See `scalings.Rows`."""
+with the output head, but without its momentum. balanced_column: rows over the square roots of the norms expected of
+them, and long ones clipped, first. See `scalings.Rows`."""
 
 LR_SCALES: Mapping[str, float] = {
     "row_power": 1.0,
     "column": 0.5,
-    "clipped_column": 0.5,
+    "balanced_column": 0.5,
     "sign": 0.5,
 }
 """Default "lr_scale" of each rule: the RMS change per entry and step, as a multiple of the learning rate. "sign" is for

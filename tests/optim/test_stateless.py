@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lightning_multinorm import SWAN, MultiNormGD, SinkGD, parameter_groups
+from lightning_multinorm.layouts import Piece, ShardedMatrix
 from lightning_multinorm.norms import RowNorm
 from lightning_multinorm.optim import routing_table, stateless
+from lightning_multinorm.optim.scalings import row_scaling
 from lightning_multinorm.optim.stateless import LR_SCALES, MATRIX_RULES
 from lightning_multinorm.sinkhorn import eager
 
@@ -37,19 +39,35 @@ def _step(rule: str, gradient: Tensor, weight: Tensor | None = None, **options: 
     return -parameter.detach()
 
 
-def _reference(rule: str, G: Tensor) -> Tensor:
-    """The definition, on a matrix without zeros."""
+def _reference(rule: str, G: Tensor, W: Tensor | None = None) -> Tensor:
+    """The definition, on a matrix without zeros; a weight without offsets by default."""
     X = G.double()
     if rule == "sign":
         return X.sign()
     norms = X.norm(dim=1, keepdim=True)
     if rule == "row_power":
         X = X / norms.pow(0.75)
-    if rule.startswith("clipped"):
-        X = X / (1 + (norms / (2 * norms.square().mean().sqrt())).square()).sqrt()
-    if rule in ("column", "clipped_column"):
+    if rule == "balanced_column":
+        if W is not None:
+            X = X / (1 + _fitted(norms.log(), W.double() @ (G / norms).sum(0)).exp()).sqrt()
+        norms = X.norm(dim=1, keepdim=True)
+        X = X / (1 + (norms / (4 * norms.square().mean().sqrt())).square()).sqrt()
+    if rule in ("column", "balanced_column"):
         return X / X.norm(dim=0) * len(X) ** 0.5
     return X / X.square().mean().sqrt()
+
+
+def _fitted(y: Tensor, z: Tensor) -> Tensor:
+    """What the line through y (m, 1) over z (m,) says, less its mean."""
+    z = z - z.mean()
+    line = torch.stack([z, torch.ones_like(z)], dim=1)
+    return z.unsqueeze(1) * torch.linalg.lstsq(line, y, driver="gelsd").solution[0]
+
+
+def _row_scaling(G: Tensor, W: Tensor) -> Tensor:
+    m, n = G.shape
+    whole = ShardedMatrix((m, n), (m, n), (Piece(W, G, 0, 0),), torch.arange(m), torch.arange(n), (), ())
+    return row_scaling(whole, "balanced", G)
 
 
 def _skewed(*shape: int) -> Tensor:
@@ -64,6 +82,54 @@ def _skewed(*shape: int) -> Tensor:
 def test_equals_the_definition(rule: str, shape: tuple[int, int]) -> None:
     G = _skewed(*shape)
     assert_close(_step(rule, G).double(), _reference(rule, G), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (9, 9)])
+@pytest.mark.parametrize("block", [None, 40], indirect=True)
+@pytest.mark.usefixtures("block")
+def test_balanced_rows_follow_the_offsets_in_the_weight(shape: tuple[int, int]) -> None:
+    G, W = _skewed(*shape).double(), torch.randn(shape).double()
+    update = W + _step("balanced_column", G, weight=W.clone())
+    assert_close(update, _reference("balanced_column", G, W), rtol=1e-9, atol=1e-9)
+
+
+def test_a_row_is_scaled_by_its_offset_whether_the_batch_has_its_token_or_not() -> None:
+    """Pushes and pulls of a token must weigh alike, or the model expects it too often or too seldom."""
+    hidden = torch.randn(16).double()
+    frequency = torch.logspace(-4, -1, 64).double()
+    W = frequency.log().unsqueeze(1) * hidden / hidden.square().sum()
+    absent = frequency.unsqueeze(1) * hidden
+    present = absent.clone()
+    present[5] *= -10
+    expected = (1 + frequency / frequency.log().mean().exp()).rsqrt()
+    without, within = (_row_scaling(G, W) / _row_scaling(G, W)[30] for G in (absent, present))
+    assert_close(without[:40], (expected / expected[30])[:40], rtol=0.05, atol=0)
+    assert_close(within[5], without[5], rtol=0.05, atol=0)
+
+
+def test_rows_without_gradient_have_no_say_in_what_is_expected_of_others() -> None:
+    G, W = _skewed(20, 8).double(), torch.randn(20, 8).double() + 1
+    G[[3, 7, 11]] = 0
+    found = G.any(dim=1)
+    r = _row_scaling(G, W)
+    assert not r[~found].any()
+    assert_close(r[found], _row_scaling(G[found], W[found]) * (20 / 17) ** 0.5, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("k", [-60, -1, 60])
+def test_powers_of_two_in_the_weight_change_no_bit_of_the_scaling(k: int) -> None:
+    G, W = _skewed(20, 8), torch.randn(20, 8)
+    assert torch.equal(_row_scaling(G, W * 2.0**k), _row_scaling(G, W))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e25])
+def test_rows_and_weights_of_any_size_are_safe_together(size: float) -> None:
+    G, W = torch.randn(7, 5), torch.randn(7, 5) * size
+    G[0] *= 1e25
+    G[1] *= 1e-25
+    r = _row_scaling(G, W)
+    assert r.isfinite().all()
+    assert_close((r[:, None] * G).square().mean().sqrt().item(), 1.0, rtol=1e-4, atol=0)
 
 
 @every
@@ -122,7 +188,7 @@ def test_rows_of_any_size_are_safe(rule: str) -> None:
     assert_close(update.double(), _reference(rule, G.double()), rtol=2e-3, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", ["column", "clipped_column"])
+@pytest.mark.parametrize("rule", ["column", "balanced_column"])
 def test_columns_of_any_size_are_made_alike(rule: str) -> None:
     G = torch.randn(7, 5) * torch.tensor([1.0, 1e-25, 1e12, 1e3, 1e-12])
     assert_close(_step(rule, G).norm(dim=0), torch.full((5,), 7**0.5))
@@ -135,7 +201,7 @@ def test_directions_have_rms_one_and_rare_rows_move_less(rule: str) -> None:
     update = _step(rule, G)
     assert_close(update.square().mean().sqrt().item(), 1.0, rtol=1e-4, atol=0)
     ratio = update[:10].norm(dim=1).mean() / update[10:].norm(dim=1).mean()
-    kept = {"column": 1e3, "row_power": 1e3**0.25, "clipped_column": 620}
+    kept = {"column": 1e3, "row_power": 1e3**0.25, "balanced_column": 845}
     assert kept[rule] / 1.4 < ratio < kept[rule] * 1.4
 
 
@@ -159,7 +225,7 @@ def test_weight_decay_and_rate_as_everywhere(rule: str) -> None:
     parameter.grad = G.clone()
     SinkGD([{"params": [("w", parameter)], "rule": rule, "view": "matrix"}], lr=0.5, weight_decay=0.1).step()
     lr = 0.5 * LR_SCALES[rule]
-    assert_close(parameter.detach(), (1 - lr * 0.1) * W - lr * _reference(rule, G).float(), rtol=1e-4, atol=1e-5)
+    assert_close(parameter.detach(), (1 - lr * 0.1) * W - lr * _reference(rule, G, W).float(), rtol=1e-4, atol=1e-5)
     assert torch.equal(parameter.grad, G)
 
 
@@ -217,7 +283,7 @@ def test_policy_stateless_keeps_no_state_and_trains(optimizer: Any, model: Any) 
     torch.manual_seed(0)
     model = model()
     groups = parameter_groups(model, policy="stateless")
-    assert {group["rule"] for group in groups} == {"multinorm", "row_power", "clipped_column", "sign"}
+    assert {group["rule"] for group in groups} == {"multinorm", "row_power", "balanced_column", "sign"}
     chosen = optimizer(groups)
     losses = []
     for _ in range(30):
@@ -267,7 +333,7 @@ def test_routing_table_shows_the_rules() -> None:
     table = routing_table(parameter_groups(TinyText(), policy="stateless"))
     cells = {line.split()[0]: line.split()[1:] for line in table.splitlines()}
     assert cells["embedding.weight"] == ["13×12", "embedding", "row_power", "matrix"]
-    assert cells["lm_head.weight"] == ["13×8", "head", "clipped_column", "matrix"]
+    assert cells["lm_head.weight"] == ["13×8", "head", "balanced_column", "matrix"]
     assert cells["norm.weight"] == ["8", "norm", "sign"]
     assert "adam:" not in cells
 
