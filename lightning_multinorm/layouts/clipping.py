@@ -10,6 +10,7 @@ from lightning_multinorm.layouts import FlatSlice, Groups, all_reduce_, is_dtens
 
 Slices = Mapping[Any, FlatSlice]
 """Where FSDP1 has put parameters."""
+_BLOCK = 1 << 16
 
 
 def clip_(parameters: Iterable[Tensor], largest: float, slices: Slices | None = None) -> Tensor:
@@ -51,8 +52,7 @@ def gradient_norm(parameters: Iterable[Tensor], slices: Slices | None = None) ->
         own = norms.setdefault(_groups(parameter, (slices or {}).get(parameter)), [])
         device = parameter.device
         if parameter.grad is not None:
-            entries = _entries(parameter.grad)
-            own.append(torch.linalg.vector_norm(entries, dtype=torch.promote_types(entries.dtype, torch.float32)))
+            own += _norms(_entries(parameter.grad))
     total = torch.zeros((), device=device)
     for groups, own in norms.items():
         square = torch.zeros((), device=device)
@@ -79,6 +79,15 @@ def nonfinite_entries(parameters: Sequence[Tensor], slices: Slices | None = None
     groups = [_groups(parameter, (slices or {}).get(parameter)) for parameter in parameters]
     reduce_((counts,), [(slice(k, k + 1), own) for k, own in enumerate(groups)])
     return counts
+
+
+def _norms(entries: Tensor) -> list[Tensor]:
+    """The norms of parts of a gradient, at least in float32."""
+    dtype = torch.promote_types(entries.dtype, torch.float32)
+    # On CPUs torch copies what is to be widened as a whole, which gradient release cannot afford.
+    whole = entries.dtype == dtype or entries.device.type != "cpu"
+    parts = (entries,) if whole else entries.flatten().split(_BLOCK)
+    return [torch.linalg.vector_norm(part, dtype=dtype) for part in parts]
 
 
 def _entries(gradient: Tensor) -> Tensor:
