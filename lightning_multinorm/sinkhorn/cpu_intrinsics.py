@@ -4,6 +4,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 _I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
@@ -29,6 +30,20 @@ def take(typingctx: Any, address: Any) -> Any:
         return builder.atomic_rmw("add", where, ir.IntType(64)(1), "monotonic")
 
     return types.int64(types.intp), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Have the cache line at ``address`` brought into the second-level cache; any address will do, nothing is read."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        where = builder.inttoptr(arguments[0], _I8.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(function, [where, _I32(0), _I32(2), _I32(1)])  # to be read, used twice or so, data
+        return context.get_dummy_value()
+
+    return types.none(types.intp), codegen
 
 
 @intrinsic

@@ -31,6 +31,7 @@ from lightning_multinorm.sinkhorn.cpu_intrinsics import (
     float_of_half,
     half_of_float,
     pointer,
+    prefetch,
     take,
     widen,
 )
@@ -40,6 +41,7 @@ PANEL = 256  # rows whose column sums are added up before they join the total: f
 
 _LARGEST = np.float32(np.finfo(np.float32).max)
 _TRUSTED_LOW, _TRUSTED_HIGH = np.float32(2.0**-40), np.float32(2.0**40)  # of a root mean square
+_PAGE, _LINES = 4096, 16
 _ONE, _ZERO = np.float32(1), np.float32(0)
 _ZEROS, _STAGE, BUFFER = 4, 5, 6  # a buffer's rows: four that are worked on, one of zeros, one to convert in
 
@@ -127,10 +129,22 @@ def _four_rows(x0: Any, x1: Any, x2: Any, x3: Any, c: Any, q: Any, i: int, sums:
 @jit
 def _sum_of_squares(x: Any, c: Any) -> Any:
     s = _ZERO
+    if c is None:  # the first time that G is read, so it comes from memory
+        _ask_ahead(x.ctypes.data)
     for j in range(len(x)):
         y = widen(x[j]) if c is None else widen(x[j]) * c[j]
         s = add(s, y * y)
     return s
+
+
+@jit
+def _ask_ahead(address: int) -> None:
+    """Ask for some lines one page further on, as the processor's own prefetchers stop at the border of a page.
+
+    For what comes from memory, not from a cache. Of 8 to 48 lines, 16 measured best; all 48 of a row cost time.
+    """
+    for line in range(_LINES):
+        prefetch(address + _PAGE + 64 * line)
 
 
 @jit
@@ -373,6 +387,7 @@ def update(
     w_size, g_size = 4 if w_kind == FLOAT32 else 2, 4 if g_kind == FLOAT32 else 2
     for i in range(i0, i1):
         w_address, g_address = W + i * w_row * w_size, G + i * g_row * g_size
+        _ask_ahead(w_address)
         direct = w_kind == FLOAT32 and w_column == 1
         if direct:
             w = _floats(w_address, n)
