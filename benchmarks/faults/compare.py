@@ -3,7 +3,7 @@
 import csv
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,6 @@ class Verdict:
     repeated: int = 0
     logged: int = 0
     repeated_steps: int = 0
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def faults(self) -> int:
-        """All but what is none."""
-        return self.missing + self.losses + self.lost + self.repeated + self.logged
 
 
 def lines(path: Path) -> list[Line]:

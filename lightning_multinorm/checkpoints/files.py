@@ -123,7 +123,7 @@ def _put(temporary: Path, target: Path) -> None:
         if aside is not None:
             aside.rename(target)
         raise
-    _sync(target.parent)
+    flush_folder(target.parent)
     if aside is not None:
         remove(aside)
 
@@ -132,8 +132,8 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}{_ASIDE}")
 
 
-def _sync(folder: Path) -> None:
-    """Names are on the disk, too."""
+def flush_folder(folder: Path) -> None:
+    """Make new names in a folder outlast a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
 """The sized loader around batches that know where they come from, and the endless stream of training batches.
 
-Stands on `lanes`, `vocabulary` and `errors`.
+Stands on `lanes`, `vocabulary`, `ahead` and `errors`.
 """
 
 import os
@@ -9,28 +9,26 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from queue import SimpleQueue
-from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from typing_extensions import override
 
+from lightning_multinorm.data.ahead import ahead
 from lightning_multinorm.data.errors import DataError
 from lightning_multinorm.data.lanes import Lane, Packing, Place, pools
 from lightning_multinorm.data.packing import Tokens
 from lightning_multinorm.data.shards import Shards
 from lightning_multinorm.data.vocabulary import Batch, Vocabulary
 
-T = TypeVar("T")
 Places = dict[int, Place]
 """Where the next batch of each of a rank's workers comes from; a worker without one begins at the beginning."""
 
 PLACE = "place"
 """Key under which a batch brings along its `Place`; taken out before the model sees it."""
-_AHEAD = 2  # batches made while the model is busy
+_BATCHES_AHEAD = 2  # made while the model is busy
 
 
 class Batches(IterableDataset[Batch]):
@@ -141,35 +139,6 @@ class TrainingBatches(Batches):
             first = 0
 
 
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, made by a thread while this one is busy; its errors come when their item would."""
-    end = object()
-    # Of all ways to hand something over to another thread this one costs least: 7 µs.
-    wanted: SimpleQueue[object] = SimpleQueue()
-    ready: SimpleQueue[tuple[object, BaseException | None]] = SimpleQueue()
-
-    def make() -> None:
-        while wanted.get() is not end:
-            try:
-                ready.put((next(items, end), None))
-            except BaseException as error:
-                ready.put((end, error))
-
-    thread = Thread(target=make, name="batches", daemon=True)
-    thread.start()
-    for _ in range(_AHEAD):
-        wanted.put(None)
-    try:
-        while (made := ready.get())[0] is not end:
-            wanted.put(None)
-            yield made[0]  # type: ignore[misc]  # `end` has been told apart
-        if made[1] is not None:
-            raise made[1]
-    finally:
-        wanted.put(end)
-        thread.join()
-
-
 def _one_thread(worker: int) -> None:
     # Each worker has a core; the tokenizer's own threads on top would warn about the fork and compete.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -243,7 +212,7 @@ class BatchLoader:
 
     def _made(self) -> Iterator[Batch]:
         if self.num_workers == 0:
-            yield from _ahead(map(self._pinned, self._batches))
+            yield from ahead(map(self._pinned, self._batches), _BATCHES_AHEAD)
             return
         yield from DataLoader(
             self._batches,

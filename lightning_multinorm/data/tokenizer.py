@@ -6,7 +6,6 @@ Stands on `hub` and `errors`. Only fast tokenizers (those with a `tokenizers` ba
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lightning_multinorm.checkpoints.files import new_file
 from lightning_multinorm.data.errors import DataError
 from lightning_multinorm.data.hub import hub_is_reachable, reason
 
@@ -66,18 +66,6 @@ def _private_folder(folder: Path) -> None:
         ) from None
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    # Under its final name the file is complete or absent, however many processes write at once.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def _cached_bpe(documents: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
     texts = _beginning(documents, TRAINING_BYTES)
     if not texts:
@@ -93,7 +81,8 @@ def _cached_bpe(documents: Iterable[str], vocab_size: int, folder: Path) -> Toke
     if path.exists():
         return Tokenizer.from_file(str(path))
     tokenizer = _train_bpe(texts, vocab_size)
-    _write_atomically(path, tokenizer.to_str())
+    with new_file(path) as file:  # complete or absent, however many processes write it at once
+        file.write(tokenizer.to_str().encode())
     return tokenizer
 
 

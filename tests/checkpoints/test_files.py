@@ -73,7 +73,7 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, kind: str, error: Any) -
     assert read(target) == "old" and names(tmp_path) == ["last.ckpt"]
 
 
-@pytest.mark.parametrize("where", ["fsync", "fchmod", "replace", "_sync", "remove"])
+@pytest.mark.parametrize("where", ["fsync", "fchmod", "replace", "flush_folder", "remove"])
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("before", [None, "file", "folder"])
 def test_killed_anywhere(
@@ -88,17 +88,17 @@ def test_killed_anywhere(
     if before:
         WRITERS[before](target, "old")
     with monkeypatch.context() as patch:
-        patch.setattr(files if where in ("_sync", "remove") else files.os, where, kill_itself)
+        patch.setattr(files if where in ("flush_folder", "remove") else files.os, where, kill_itself)
         killed(lambda: WRITERS[kind](target))
-    if where in ("_sync", "remove"):
+    if where in ("flush_folder", "remove"):
         assert read(existing(target)) == "new"
     elif before:
         assert read(existing(target)) == "old"
     else:
         assert not existing(target).exists() and len(names(tmp_path)) == 1
     WRITERS[kind](tmp_path / "other.ckpt")
-    assert names(tmp_path) == (["last.ckpt"] if before or where in ("_sync", "remove") else []) + ["other.ckpt"]
-    assert not before or read(target) == ("new" if where in ("_sync", "remove") else "old")
+    assert names(tmp_path) == (["last.ckpt"] if before or where in ("flush_folder", "remove") else []) + ["other.ckpt"]
+    assert not before or read(target) == ("new" if where in ("flush_folder", "remove") else "old")
 
 
 def test_a_folder_that_cannot_take_its_name_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,8 @@
 """Documents of a source, from any of them on, as tokens: read in a thread while the ones before are tokenised.
 
-Stands on `manifest`, `packing`, `shards` and `vocabulary`.
+Stands on `ahead`, `manifest`, `packing`, `shards` and `vocabulary`.
 """
 
-import queue
-import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_multinorm.data.ahead import ahead
 from lightning_multinorm.data.packing import join
 from lightning_multinorm.data.prepared.manifest import Place
 from lightning_multinorm.data.shards import Shards
@@ -19,7 +18,6 @@ from lightning_multinorm.data.vocabulary import Vocabulary
 
 _TEXT_AT_ONCE = 2**20  # characters: enough for the tokenizer's threads
 _GROUPS_AHEAD = 4
-_PATIENCE = 0.2  # seconds after which a full queue looks whether anyone still wants it
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def tokenised(shards: Shards, start: Place, vocabulary: Vocabulary, dtype: np.dt
     Raises:
         DataError: As the source raises it.
     """
-    for places, texts, sizes in _read_ahead(_groups(shards, start)):
+    for places, texts, sizes in ahead(_groups(shards, start), _GROUPS_AHEAD, "documents"):
         documents = vocabulary.encode(texts)
         ends = np.cumsum([len(document) + 1 for document in documents])
         yield Tokenised(join(documents, vocabulary.end_of_text).astype(dtype), ends, np.array(sizes), places)
@@ -86,37 +84,3 @@ def _groups(shards: Shards, start: Place) -> Iterator[Group]:
                 places, texts, sizes, held = [], [], [], 0
     if texts:
         yield places, texts, sizes
-
-
-def _read_ahead(groups: Iterator[Group]) -> Generator[Group]:
-    """The same groups, made in a thread; its exceptions are raised here."""
-    ready: queue.Queue[Group | BaseException | None] = queue.Queue(_GROUPS_AHEAD)
-    unwanted = threading.Event()
-
-    def hand_over(item: Group | BaseException | None) -> None:
-        while not unwanted.is_set():
-            try:
-                return ready.put(item, timeout=_PATIENCE)
-            except queue.Full:
-                continue
-
-    def read() -> None:
-        try:
-            for group in groups:
-                hand_over(group)
-                if unwanted.is_set():
-                    return
-            hand_over(None)
-        except BaseException as error:
-            hand_over(error)
-
-    thread = threading.Thread(target=read, name="read documents", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        unwanted.set()
-        thread.join(_PATIENCE * 5)  # one that waits for the network is left to end with the process

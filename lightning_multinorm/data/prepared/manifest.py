@@ -5,7 +5,6 @@ Stands on `errors`.
 
 import hashlib
 import json
-import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from lightning_multinorm.checkpoints.files import new_file
 from lightning_multinorm.data.errors import DataError
 
 FORMAT = "lightning_multinorm tokens 1"
@@ -131,27 +131,13 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Put it in the place of the one before, in one step."""
         text = json.dumps({"format": FORMAT, "complete": self.complete, **asdict(self)}, indent=1)
-        temporary = folder / f"{NAME}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / NAME)
-        flush_folder(folder)
+        with new_file(folder / NAME) as file:
+            file.write(f"{text}\n".encode())
 
 
 def shard_name(split: str, number: int) -> str:
     """Name of a file; not kept in the manifest, so that no manifest can point out of its folder."""
     return f"{split}-{number:05}.bin"
-
-
-def flush_folder(folder: Path) -> None:
-    """Make new names in a folder outlast a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def is_prepared(source: str | list[str]) -> bool:

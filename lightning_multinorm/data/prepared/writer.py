@@ -13,8 +13,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_multinorm.checkpoints.files import flush_folder
 from lightning_multinorm.data.errors import DataError
-from lightning_multinorm.data.prepared.manifest import Manifest, Place, Shard, flush_folder, shard_name
+from lightning_multinorm.data.prepared.manifest import Manifest, Place, Shard, shard_name
 
 _CHUNK = 16 * 2**20
 _REMEDY = "copy it again, or delete it and run the same `prepare` again, which writes it and those after it anew."
