@@ -1,45 +1,71 @@
 """NormConvergence: how far each normalised gradient is from each norm, layer by layer, while a model trains."""
 
+import re
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_multinorm.alternating import Trace
+from lightning_multinorm.callbacks.telemetry import Telemetry
+from lightning_multinorm.callbacks.tensorboard import draw_maps, lay_out, log_scalars
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.layouts import clean
 from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.groups import parameter_groups
-from lightning_multinorm.sinkhorn import scalings
-from lightning_multinorm.views import as_matrices
+from lightning_multinorm.optim.observation import Observation
+from lightning_multinorm.optim.shadow import Shadow
+from lightning_multinorm.strategies import is_flat
 
 
 class NormConvergence(Callback):
     """Logs the residual of every norm for every multi-normalised parameter, in any Lightning project.
 
     Listens to the optimizer (`SinkGD`, `SWAN` or `MultiNormGD`): in a logged step the residuals fall out of the update
-    itself, stay on the device, and are moved to the host once. A residual is ‖X − P(X)‖_F / √(mn), about the relative
-    error of the norm: 0.01 for "row" says that rows are 1 % off √n in the root mean square.
+    itself, stay on the device, and are moved to the host once, when the step is logged. A residual is
+    ‖X − P(X)‖_F / √(mn), about the relative error of the norm: 0.01 for "row" says that rows are 1 % off √n in the root
+    mean square.
 
-    Logs ``norm_convergence/<parameter name>/<norm>`` after the last iteration to every logger of the trainer.
+    Logs to every logger of the trainer, in steps of the optimizer:
+
+    - ``norm_convergence/<parameter>/<norm>`` after the last iteration, and ``.../<iteration>`` after each, on request;
+    - ``norm_convergence_by_layer/<layer>/<norm>`` and ``norm_convergence_by_kind/<kind>/<norm>``, root mean squares
+      over parameters: the layer is the first number in a parameter's name, the kind the name of its module;
+    - ``gradient_norm/<parameter>``, ``tail_index/...``, ``dead_rows/...``, ``dead_columns/...``, ``update_rms/...`` and
+      ``update_to_weight/...``, see `optim.observation.STATISTICS`;
+    - ``iterations/<parameter>`` if the optimizer chooses them (``iterations="auto"``).
+
+    TensorBoard also gets maps of the residuals, layers by kinds and layers by iterations, at every validation and at
+    the end, and a layout under "Custom Scalars".
 
     Args:
         every_n_steps: log in every n-th optimizer step, beginning with the first. Default: 50.
-        per_iteration: also log ``norm_convergence/<parameter name>/<norm>/<iteration>`` for each iteration, from 1.
+        per_iteration: also log the residuals after each iteration, from 1. Default: False.
         shadow: for a project that trains with any other optimizer: compute what SR-Sinkhorn (arXiv:2502.06742,
             Algorithm 3) would do to the gradients of the parameters that the papers' policy normalises, and leave them
-            untouched. Costs L + 3 reads of those gradients in a logged step.
+            untouched. Costs L + 3 reads of those gradients in a logged step; logs nothing of updates. Default: False.
         iterations: L of the shadow mode. Default: 5.
+        include: a regular expression; only parameters in whose names it is found are logged. Default: all.
+        exclude: likewise, of parameters that are not. Default: none.
+        warn_above: warn, once for each parameter, that it has not converged if its largest residual after the last
+            iteration is above this. Default: never.
 
     Raises:
-        ValueError: for every_n_steps or iterations below 1.
+        ValueError: for every_n_steps or iterations below 1, or what is no regular expression.
         UsageError: at the start of training, if no optimizer of the family is there to listen to and shadow is off.
     """
 
     def __init__(
-        self, every_n_steps: int = 50, per_iteration: bool = False, shadow: bool = False, iterations: int = 5
+        self,
+        every_n_steps: int = 50,
+        per_iteration: bool = False,
+        shadow: bool = False,
+        iterations: int = 5,
+        include: str | None = None,
+        exclude: str | None = None,
+        warn_above: float | None = None,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
@@ -49,21 +75,27 @@ class NormConvergence(Callback):
         self.per_iteration = per_iteration
         self.shadow = shadow
         self.iterations = iterations
-        self._traces: dict[str, Trace] = {}
+        self.include, self.exclude = _pattern("include", include), _pattern("exclude", exclude)
+        self.warn_above = warn_above
+        self._telemetry = Telemetry(per_iteration, updates=not shadow)
+        self._seen: dict[str, Observation] = {}
         self._names: dict[int, str] = {}
-        self._shadowed: list[tuple[str, Tensor, Any]] = []
+        self._shadow: Shadow | None = None
+        self._warned: set[str] = set()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What was logged last; also after a checkpoint was loaded."""
+        return dict(self._telemetry.metrics)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._names = {id(parameter): clean(name) for name, parameter in pl_module.named_parameters()}
+        named = ((clean(name), parameter) for name, parameter in pl_module.named_parameters())
+        self._names = {id(parameter): name for name, parameter in named if self._wants(name)}
         if self.shadow:
-            self._shadowed = [
-                (name, parameter, group["view"])
-                for group in parameter_groups(pl_module)
-                if group["rule"] == "multinorm"
-                for name, parameter in group["params"]
-            ]
-        elif not any(isinstance(optimizer, MultiNormOptimizer) for optimizer in trainer.optimizers):
+            model = trainer.strategy.model if is_flat(trainer) else pl_module
+            self._shadow = Shadow(parameter_groups(model), self.iterations)  # type: ignore[arg-type]
+        elif not _optimizers(trainer):
             names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
             raise UsageError(
                 f"NormConvergence listens to SinkGD, SWAN or MultiNormGD, but this project trains with {names}; set "
@@ -74,56 +106,91 @@ class NormConvergence(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.shadow or trainer.global_step % self.every_n_steps:
             return
-        for optimizer in trainer.optimizers:  # before the backward pass, in which gradient release updates
-            if isinstance(optimizer, MultiNormOptimizer) and self._observe not in optimizer.observers:
+        for optimizer in _optimizers(trainer):  # before the backward pass, in which gradient release updates
+            if self._observe not in optimizer.observers:
                 optimizer.observers.append(self._observe)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if self.shadow and not trainer.global_step % self.every_n_steps:
-            self._compute_shadow()
+        if self._shadow is not None and not trainer.global_step % self.every_n_steps:
+            for parameter, observation in self._shadow.observe():  # on all ranks, whatever is logged
+                self._observe(parameter, observation)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._traces:
+        if not self._seen:
             return
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, MultiNormOptimizer) and self._observe in optimizer.observers:
+        optimizers = _optimizers(trainer)
+        for optimizer in optimizers:
+            if self._observe in optimizer.observers:
                 optimizer.observers.remove(self._observe)
-        metrics = self._metrics()
-        self._traces = {}
+        seen, self._seen = self._seen, {}
+        chosen = any(group.get("iterations") == "auto" for optimizer in optimizers for group in optimizer.param_groups)
+        metrics = self._telemetry.read(seen, iterations=chosen)
+        self._warn()
         for logger in trainer.loggers:
             # The step that was just taken, numbered from 0 as Lightning numbers the metrics of a training step.
-            logger.log_metrics(metrics, step=trainer.global_step - 1)
+            if isinstance(logger, TensorBoardLogger):
+                log_scalars(logger, metrics, trainer.global_step - 1)
+            else:
+                logger.log_metrics(metrics, step=trainer.global_step - 1)
 
-    def _observe(self, parameter: Tensor, trace: Trace) -> None:
-        self._traces[self._names[id(parameter)]] = trace
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._draw(trainer)
 
-    @torch.no_grad()
-    def _compute_shadow(self) -> None:
-        for name, parameter, view in self._shadowed:
-            if parameter.grad is not None:
-                G = as_matrices(parameter.grad, view, like=parameter)
-                _, _, residuals = scalings(G, self.iterations, trace=True)
-                assert residuals is not None
-                if residuals.ndim > 2:
-                    residuals = residuals.flatten(0, -3).square().mean(0).sqrt()
-                self._traces[name] = Trace(("row", "column"), residuals)
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._draw(trainer)
 
-    def _metrics(self) -> dict[str, float]:
-        """All residuals of the step, moved to the host in one piece."""
-        traces = list(self._traces.items())
-        values = iter(torch.cat([trace.residuals.flatten().float() for _, trace in traces]).tolist())
-        metrics: dict[str, float] = {}
-        for name, trace in traces:
-            count = trace.residuals.shape[0]
-            for iteration in range(1, count + 1):
-                for norm in trace.norms:
-                    key, value = f"norm_convergence/{name}/{norm}", next(values)
-                    if self.per_iteration:
-                        metrics[f"{key}/{iteration}"] = value
-                    if iteration == count:
-                        metrics[key] = value
-        return metrics
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"warned": sorted(self._warned), "metrics": self.metrics}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._warned = set(state_dict["warned"])
+        self._telemetry.metrics = dict(state_dict["metrics"])
+
+    def _wants(self, name: str) -> bool:
+        included = self.include is None or self.include.search(name)
+        return bool(included) and not (self.exclude is not None and self.exclude.search(name))
+
+    def _observe(self, parameter: Tensor, observation: Observation) -> None:
+        if name := self._names.get(id(parameter)):
+            self._seen[name] = observation
+
+    def _warn(self) -> None:
+        if self.warn_above is None:
+            return
+        worst = self._telemetry.worst()
+        new = {name: found for name, found in worst.items() if found[0] > self.warn_above and name not in self._warned}
+        if not new:
+            return
+        self._warned |= new.keys()
+        told = "; ".join(
+            f"{self._telemetry.title(name)} has not converged: residual {residual:.2g} after {count} iterations"
+            for name, (residual, count) in list(new.items())[:5]
+        )
+        more = f"; and {len(new) - 5} more" if len(new) > 5 else ""
+        rank_zero_warn(f"{told}{more}. Raise the optimizer's iterations, or let it choose them with iterations='auto'")
+
+    def _draw(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                lay_out(logger, self._telemetry)
+                draw_maps(logger, self._telemetry, trainer.global_step - 1)
+
+
+def _optimizers(trainer: Trainer) -> list[MultiNormOptimizer]:
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, MultiNormOptimizer)]
+
+
+def _pattern(name: str, expression: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if expression is None else re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{name}={expression!r} is no regular expression: {error}") from None

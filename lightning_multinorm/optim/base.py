@@ -13,13 +13,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lightning_multinorm.alternating import Trace
 from lightning_multinorm.layouts import FlatSlice, is_dtensor, local, locate
-from lightning_multinorm.optim import stateless
+from lightning_multinorm.optim import auto_iterations, stateless
 from lightning_multinorm.optim.checks import check_gradient, check_hyperparameters, check_parameter
 from lightning_multinorm.optim.fallback import adam_
 from lightning_multinorm.optim.groups import Group, resolve
 from lightning_multinorm.optim.normalized import Batch
+from lightning_multinorm.optim.observation import (
+    Measured,
+    Observation,
+    Observer,
+    observe_sharded,
+    observe_whole,
+    sharded_weight_squares,
+    weight_squares,
+)
 from lightning_multinorm.rounding import lowbias32
 from lightning_multinorm.scaling import working_dtype
 from lightning_multinorm.sinkhorn.sharded import Job
@@ -27,9 +35,6 @@ from lightning_multinorm.views import as_matrices, check_view, matrix_count
 
 if TYPE_CHECKING:
     from lightning_multinorm.optim.release import Released
-
-Observer = Callable[[Tensor, Trace], None]
-"""Called with a parameter and the trace of its update; the residuals (iterations, norms) stay on the device."""
 
 
 class MultiNormOptimizer(Optimizer):
@@ -43,7 +48,8 @@ class MultiNormOptimizer(Optimizer):
     parallelism), or FSDP1's slices; with sharded ones ``step`` is a collective call.
 
     Attributes:
-        observers: called with every multi-normalised parameter and its trace; none, no trace is made.
+        observers: called with every multi-normalised parameter and what was observed of its update (`Observation`);
+            none, nothing is measured.
         replicas: ranks with the same whole parameters and gradients, as DDP's. If set, costly updates of whole
             matrices are divided among them; SinkGD's are not worth it.
         released: what `release.release_gradients` has seen in this step; None without it.
@@ -71,7 +77,7 @@ class MultiNormOptimizer(Optimizer):
         self.replicas: dist.ProcessGroup | None = None
         self._slices: dict[Tensor, FlatSlice] = {}
         self._numbers: dict[Tensor, int] = {}
-        self._group_of: dict[Tensor, int] = {}
+        self._places: dict[Tensor, tuple[int, int]] = {}
         self._lr_scales = {"multinorm": matrix_lr_scale, "adam": fallback_lr_scale, **stateless.LR_SCALES}
         self._nameless = False
         super().__init__(params, defaults)
@@ -106,7 +112,7 @@ class MultiNormOptimizer(Optimizer):
                 if part["rule"] == "multinorm" or part["rule"] in stateless.MATRIX_RULES:
                     check_view(slices[parameter].shape if parameter in slices else parameter.shape, part["view"])
             super().add_param_group(part)
-        self._numbers, self._group_of = {}, {}
+        self._numbers, self._places = {}, {}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -128,6 +134,7 @@ class MultiNormOptimizer(Optimizer):
         self._complete_slices()
         self._update([(group, self._with_gradient(group)) for group in self.param_groups])
         for group in self.param_groups:
+            auto_iterations.end_step(group)
             if "rounding_steps" in group:
                 group["rounding_steps"] += 1
         return loss
@@ -135,9 +142,7 @@ class MultiNormOptimizer(Optimizer):
     @torch.no_grad()
     def step_parameter(self, parameter: Tensor) -> None:
         """The step of one parameter alone, inside backward: see `release.release_gradients`."""
-        if not self._numbers:
-            self._number()
-        group = self.param_groups[self._group_of[parameter]]
+        group = self.param_groups[self._place(parameter)[0]]
         assert parameter.grad is not None
         check_gradient(type(self).__name__, "a parameter", parameter.grad)
         self._update([(group, [parameter])])
@@ -180,46 +185,54 @@ class MultiNormOptimizer(Optimizer):
             self._step_sharded(sharded)
 
     def _step_whole(self, parameters: Sequence[Tensor], group: Group) -> None:
-        for batch in _equal_shapes(parameters):
+        for batch in self._alike(parameters, group):
             if self.replicas is not None and self._divisible:
                 self._divide(batch, group)
-                continue
-            trace = self._update_batch(batch, group)
-            if trace is not None:
-                self._observe(batch, trace.norms, trace.residuals)
+            else:
+                self._tell([(p, group) for p in batch], self._update_batch(batch, group))
 
-    def _update_batch(self, batch: Sequence[Tensor], group: Group) -> Trace | None:
+    def _alike(self, parameters: Iterable[Tensor], group: Group) -> Iterator[list[Tensor]]:
+        """Parameters that are updated together."""
+        batches: dict[tuple[Any, ...], list[Tensor]] = {}
+        for p in parameters:
+            assert p.grad is not None
+            batches.setdefault((p.shape, p.dtype, p.grad.dtype, p.device, self._iterations(p, group)), []).append(p)
+        yield from batches.values()
+
+    def _update_batch(self, batch: Sequence[Tensor], group: Group) -> list[Observation]:
+        """Update parameters; what was observed of each, if anyone asks."""
         weights = [as_matrices(parameter, group["view"]) for parameter in batch]
         gradients = [as_matrices(p.grad, group["view"], like=p) for p in batch if p.grad is not None]
-        lr, seeds = group["lr"] * group["lr_scale"], self._seeds(group, batch[:1])
-        return self._update_(
-            Batch(weights, gradients, lr, group["weight_decay"], seeds[0], bool(self.observers)), group
-        )
+        lr, decay, seed = group["lr"] * group["lr_scale"], group["weight_decay"], self._seeds(group, batch[:1])[0]
+        observe = self._observes(group)
+        squares = weight_squares(weights) if observe else None
+        iterations = self._iterations(batch[0], group)
+        measured = self._update_(Batch(weights, gradients, lr, decay, iterations, seed, observe), group)
+        return [] if measured is None or squares is None else observe_whole(measured, squares, lr)
 
     def _divide(self, batch: Sequence[Tensor], group: Group) -> None:
         """Each replica updates every so many-th parameter, and sends it to the others."""
         rank, world = dist.get_rank(self.replicas), dist.get_world_size(self.replicas)
-        traces: dict[int, Trace] = {}
+        own: dict[int, Observation] = {}
         for k in range(rank, len(batch), world):
-            trace = self._update_batch([batch[k]], group)
-            if trace is not None:
-                traces[k] = Trace(trace.norms, trace.residuals[0].cpu())
+            for seen in self._update_batch([batch[k]], group):
+                own[k] = seen._replace(residuals=seen.residuals.cpu(), statistics=seen.statistics.cpu())
         sent = [
             dist.broadcast(p.data, group=self.replicas, group_src=k % world, async_op=True) for k, p in enumerate(batch)
         ]
         for work in sent:
             work.wait()
-        if self.observers:
+        if self._observes(group):
             gathered: list[Any] = [None] * world
-            dist.all_gather_object(gathered, traces, group=self.replicas)
-            found = {k: trace for part in gathered for k, trace in part.items()}
-            residuals = [found[k].residuals.to(p.device) for k, p in enumerate(batch)]
-            self._observe(batch, found[0].norms, residuals)
+            dist.all_gather_object(gathered, own, group=self.replicas)
+            found = {k: seen for part in gathered for k, seen in part.items()}
+            placed = [Observation(found[k][0], *(x.to(p.device) for x in found[k][1:])) for k, p in enumerate(batch)]
+            self._tell([(p, group) for p in batch], placed)
 
     def _step_sharded(self, parameters: Sequence[tuple[Tensor, Group]]) -> None:
         buckets: dict[tuple[Any, ...], list[tuple[Tensor, Group]]] = {}
         for p, group in parameters:
-            scheme = tuple(group[name] for name in self._scheme)
+            scheme = *(group[name] for name in self._scheme), self._iterations(p, group)
             buckets.setdefault((p.device, working_dtype(p), scheme), []).append((p, group))
         for bucket in buckets.values():
             jobs: list[Job] = []
@@ -229,16 +242,41 @@ class MultiNormOptimizer(Optimizer):
                 for i, matrix in enumerate(locate(p, p.grad, group["view"], self._slices.get(p))):
                     jobs.append(Job(matrix, k, lr, decay, None if seed is None else seed + i))
             p, group = bucket[0]
-            trace = self._update_sharded_(jobs, group, local(p), observe=bool(self.observers))
-            if trace is not None:
-                self._observe([p for p, _ in bucket], trace.norms, trace.residuals)
+            observe = any(self._observes(group) for _, group in bucket)
+            squares = sharded_weight_squares(jobs, local(p)) if observe else None
+            measured = self._update_sharded_(jobs, group, self._iterations(p, group), local(p), observe=observe)
+            if measured is not None and squares is not None:
+                self._tell(bucket, observe_sharded(measured, jobs, squares))
 
-    def _observe(self, parameters: Sequence[Tensor], norms: tuple[str, ...], residuals: Iterable[Tensor]) -> None:
-        for parameter, found in zip(parameters, residuals, strict=True):
-            if found.ndim > 2:  # several matrices in one parameter: their root mean square
-                found = found.flatten(0, -3).square().mean(0).sqrt()
+    def _iterations(self, parameter: Tensor, group: Group) -> int:
+        if group.get("iterations") != "auto":
+            return auto_iterations.iterations_of(group, 0)
+        return auto_iterations.iterations_of(group, self._place(parameter)[1])
+
+    def _observes(self, group: Group) -> bool:
+        return bool(self.observers) or auto_iterations.is_measuring(group)
+
+    def _tell(self, updated: Sequence[tuple[Tensor, Group]], observations: Sequence[Observation]) -> None:
+        """Choose iterations where that is due, then tell the observers; of those chosen, if more were made."""
+        if not observations:
+            return
+        if any(auto_iterations.is_measuring(group) for _, group in updated):
+            worst = torch.stack([seen.residuals.amax(-1) for seen in observations]).tolist()
+            observations = [
+                seen._replace(residuals=seen.residuals[: auto_iterations.choose(group, self._place(p)[1], found)])
+                if auto_iterations.is_measuring(group)
+                else seen
+                for (p, group), seen, found in zip(updated, observations, worst, strict=True)
+            ]
+        for (p, _), seen in zip(updated, observations, strict=True):
             for observer in self.observers:
-                observer(parameter, Trace(norms, found))
+                observer(p, seen)
+
+    def _place(self, parameter: Tensor) -> tuple[int, int]:
+        """The number of a parameter's group, and its own in there."""
+        if not self._places:
+            self._number()
+        return self._places[parameter]
 
     def _seeds(self, group: Group, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """What each bfloat16 parameter is rounded by in this step, from the group's count of steps.
@@ -265,7 +303,7 @@ class MultiNormOptimizer(Optimizer):
         """Number the matrices of all parameters, those of a group that are updated together in one run."""
         count = 0
         for index, group in enumerate(self.param_groups):
-            self._group_of |= dict.fromkeys(group["params"], index)
+            self._places |= {p: (index, k) for k, p in enumerate(group["params"])}
             alike: dict[tuple[Any, ...], list[Tensor]] = {}
             for p in group["params"]:
                 alike.setdefault((p.shape, p.dtype, p.device), []).append(p)
@@ -275,21 +313,24 @@ class MultiNormOptimizer(Optimizer):
                 count += matrix_count(shape, group["view"]) if group["rule"] not in ("adam", "sign") else 1
 
     @abstractmethod
-    def _update_(self, batch: Batch, group: Group) -> Trace | None:
-        """Update whole matrices in place, with the hyper-parameters of a group; a trace if the batch asks for it."""
+    def _update_(self, batch: Batch, group: Group) -> Measured | None:
+        """Update whole matrices in place, with the hyper-parameters of a group; measured if the batch asks for it."""
 
     @abstractmethod
-    def _update_sharded_(self, jobs: Sequence[Job], group: Group, like: Tensor, *, observe: bool) -> Trace | None:
+    def _update_sharded_(
+        self, jobs: Sequence[Job], group: Group, iterations: int, like: Tensor, *, observe: bool
+    ) -> Measured | None:
         """Update sharded matrices of any shapes, on one device, in place; on all ranks alike.
 
         Args:
             jobs: the matrices, each with its learning rate, weight decay and seed.
             group: for the hyper-parameters in ``_scheme``.
+            iterations: L, for those that have one.
             like: a parameter's shard, for device and dtype where this rank's shards are all empty.
-            observe: whether to return a trace.
+            observe: whether to measure.
 
         Returns:
-            If ``observe``, a trace whose residuals are (parameters, iterations, norms).
+            What was measured, if ``observe``.
         """
 
     def __getstate__(self) -> dict[str, Any]:
@@ -299,15 +340,6 @@ class MultiNormOptimizer(Optimizer):
         self.__dict__.setdefault("observers", [])
         self.__dict__.setdefault("replicas", None)
         self.__dict__.setdefault("_slices", {})
-        self._numbers, self._group_of = {}, {}
+        self._numbers, self._places = {}, {}
         self.__dict__.setdefault("_nameless", False)
         super().__setstate__(state)
-
-
-def _equal_shapes(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    batches: dict[tuple[Any, ...], list[Tensor]] = {}
-    for parameter in parameters:
-        assert parameter.grad is not None
-        key = (parameter.shape, parameter.dtype, parameter.grad.dtype, parameter.device)
-        batches.setdefault(key, []).append(parameter)
-    yield from batches.values()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_multinorm.layouts import is_flat_slice
+from lightning_multinorm.optim.auto_iterations import check_iterations
 
 
 def check_hyperparameters(owner: str, values: dict[str, Any]) -> None:
@@ -15,8 +16,8 @@ def check_hyperparameters(owner: str, values: dict[str, Any]) -> None:
             raise ValueError(f"{owner}: {name}={values[name]} must not be negative")
     if len(values["betas"]) != 2 or not all(0 <= beta < 1 for beta in values["betas"]):
         raise ValueError(f"{owner}: betas={values['betas']} must be two numbers in [0, 1)")
-    if "iterations" in values and values["iterations"] < 1:
-        raise ValueError(f"{owner}: iterations={values['iterations']} must be at least 1")
+    if "iterations" in values:
+        check_iterations(owner, values["iterations"], values["tolerance"], values["max_iterations"])
 
 
 def check_parameter(owner: str, name: str, parameter: Tensor, *, located: bool) -> None:

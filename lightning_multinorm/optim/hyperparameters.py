@@ -10,7 +10,9 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-_STATE = ("params", "param_names", "lr", "initial_lr", "rounding_steps")
+from lightning_multinorm.optim.auto_iterations import STATE
+
+_STATE = ("params", "param_names", "lr", "initial_lr", "rounding_steps", *STATE)
 
 
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -8,9 +8,11 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_multinorm.alternating import Trace, multi_normalize
 from lightning_multinorm.norms import Norm
+from lightning_multinorm.optim.auto_iterations import Iterations
 from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.groups import Group
 from lightning_multinorm.optim.normalized import Batch, Normalize, apply_normalized_, apply_sharded_, gathered
+from lightning_multinorm.optim.observation import Measured
 from lightning_multinorm.sinkhorn.sharded import Job
 
 
@@ -27,19 +29,20 @@ class MultiNormGD(MultiNormOptimizer):
         norms: the norms, applied in this order, for example ``[RowNorm(), SpectralNorm()]``.
         lr: learning rate of all groups (default: 0.02).
         matrix_lr_scale: a matrix changes by ``lr · matrix_lr_scale`` RMS per entry and step (default: 0.05).
-        iterations: L (default: 5).
+        iterations: L (default: 5), or "auto", as for `SinkGD`.
         weight_decay: decoupled, times the effective learning rate, on every group (default: 0).
         betas: Adam's, for what is not a matrix (default: (0.9, 0.999)).
         eps: Adam's, likewise (default: 1e-8).
         stochastic_rounding: round bfloat16 parameters at random, without bias (default), or to nearest.
         fallback_lr_scale: Adam's learning rate is ``lr · fallback_lr_scale`` (default: 1).
+        tolerance: with ``iterations="auto"``, the largest residual of any norm that is let stand (default: 0.01).
+        max_iterations: with ``iterations="auto"``, at most so many (default: 10).
 
     Raises:
         ValueError: for no norms, hyper-parameters out of range, an unknown rule, or a rule that does not fit a shape.
         TypeError: for complex or integer parameters.
     """
 
-    _scheme = ("iterations",)
     _divisible = True
 
     def __init__(
@@ -48,13 +51,15 @@ class MultiNormGD(MultiNormOptimizer):
         norms: Sequence[Norm],
         lr: float | Tensor = 0.02,
         matrix_lr_scale: float = 0.05,
-        iterations: int = 5,
+        iterations: Iterations = 5,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         *,
         stochastic_rounding: bool = True,
         fallback_lr_scale: float = 1.0,
+        tolerance: float = 0.01,
+        max_iterations: int = 10,
     ) -> None:
         if not norms:
             raise ValueError("MultiNormGD: norms is empty; give at least one, such as RowNorm()")
@@ -62,6 +67,8 @@ class MultiNormGD(MultiNormOptimizer):
         defaults = {
             "lr": lr,
             "iterations": iterations,
+            "tolerance": tolerance,
+            "max_iterations": max_iterations,
             "weight_decay": weight_decay,
             "betas": betas,
             "eps": eps,
@@ -69,18 +76,20 @@ class MultiNormGD(MultiNormOptimizer):
         }
         super().__init__(params, defaults, matrix_lr_scale=matrix_lr_scale, fallback_lr_scale=fallback_lr_scale)
 
-    def _update_(self, batch: Batch, group: Group) -> Trace | None:
-        return apply_normalized_(batch, self._normalize(group, batch.observe))
+    def _update_(self, batch: Batch, group: Group) -> Measured | None:
+        return apply_normalized_(batch, self._normalize(batch.iterations, batch.observe))
 
-    def _update_sharded_(self, jobs: Sequence[Job], group: Group, like: Tensor, *, observe: bool) -> Trace | None:
-        normalize = self._normalize(group, observe)
+    def _update_sharded_(
+        self, jobs: Sequence[Job], group: Group, iterations: int, like: Tensor, *, observe: bool
+    ) -> Measured | None:
+        normalize = self._normalize(iterations, observe)
         return apply_sharded_(jobs, lambda matrix: gathered(matrix, normalize, like))
 
-    def _normalize(self, group: Group, observe: bool) -> Normalize:
+    def _normalize(self, iterations: int, observe: bool) -> Normalize:
         def normalize(G: Tensor) -> tuple[Tensor, Trace | None]:
             if observe:
-                return multi_normalize(G, self.norms, group["iterations"], return_trace=True)
-            return multi_normalize(G, self.norms, group["iterations"]), None
+                return multi_normalize(G, self.norms, iterations, return_trace=True)
+            return multi_normalize(G, self.norms, iterations), None
 
         return normalize
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_multinorm.alternating import Trace
-from lightning_multinorm.layouts import ShardedMatrix, cut, gather, reduce_
+from lightning_multinorm.layouts import ShardedMatrix, all_reduce_, cut, gather, reduce_
+from lightning_multinorm.optim.observation import Measured, inverse_rms
 from lightning_multinorm.rounding import noise, round_to_bfloat16
+from lightning_multinorm.scaling import power_of_two
 from lightning_multinorm.sinkhorn.eager import block_size
 from lightning_multinorm.sinkhorn.sharded import Job
 
@@ -30,35 +32,48 @@ class Batch(NamedTuple):
         gradients: as many, left unchanged.
         lr: effective learning rate: RMS change per entry.
         weight_decay: decoupled weight decay.
+        iterations: L, for those that have one.
         seed: rounds bfloat16 weights stochastically, or None.
-        observe: whether the update returns a trace, whose residuals are (len(weights), ..., iterations, norms).
+        observe: whether the update returns what it has measured.
     """
 
     weights: Sequence[Tensor]
     gradients: Sequence[Tensor]
     lr: float | Tensor
     weight_decay: float
+    iterations: int = 5
     seed: Tensor | None = None
     observe: bool = False
 
 
-def apply_normalized_(batch: Batch, normalize: Normalize) -> Trace | None:
+def apply_normalized_(batch: Batch, normalize: Normalize) -> Measured | None:
     """``W <- (1 - lr · weight_decay) W - lr · normalize(G)`` for a batch, stacked up to a block."""
-    weights, gradients, lr, weight_decay, seed, _ = batch
-    traces = []
+    weights, gradients, lr, weight_decay, seed = *batch[:4], batch.seed
+    found = []
     per_stack = max(1, block_size(gradients[0]) // max(1, gradients[0].numel()))
     for i in range(0, len(weights), per_stack):
         part = gradients[i : i + per_stack]
         G = torch.stack(list(part)) if len(part) > 1 else part[0].unsqueeze(0)
-        X, trace = normalize(G.to(torch.promote_types(G.dtype, torch.float32)))
+        G = G.to(torch.promote_types(G.dtype, torch.float32))
+        X, trace = normalize(G)
+        if trace is not None:
+            found.append(_measured(G, X, trace))
         for k, (W, X_k) in enumerate(zip(weights[i : i + per_stack], X, strict=True), i):
             subtract_(W, X_k, lr, weight_decay, None if seed is None else seed + k * W.shape[:-2].numel())
-        traces.append(trace)
-    kept = [trace for trace in traces if trace is not None]
-    return Trace(kept[0].norms, torch.cat([trace.residuals for trace in kept])) if kept else None
+    if not found:
+        return None
+    vectors = zip(*((seen.residuals, seen.rows, seen.columns, seen.mean_square) for seen in found), strict=True)
+    return Measured(found[0].norms, *(torch.cat(parts) for parts in vectors))
 
 
-def apply_sharded_(jobs: Sequence[Job], direction: Direction) -> Trace | None:
+def _measured(G: Tensor, X: Tensor, trace: Trace) -> Measured:
+    """Of stacked matrices (k, ..., m, n)."""
+    a = power_of_two(G, -1)
+    rows = a.squeeze(-1) * inverse_rms((G * a).square().mean(-1))
+    return Measured(trace.norms, trace.residuals, rows, G.any(-2).to(G.dtype), X.square().mean((-2, -1)))
+
+
+def apply_sharded_(jobs: Sequence[Job], direction: Direction) -> Measured | None:
     """``W <- (1 - lr · weight_decay) W - lr X`` for sharded matrices, one after another.
 
     Args:
@@ -66,19 +81,41 @@ def apply_sharded_(jobs: Sequence[Job], direction: Direction) -> Trace | None:
         direction: gives this rank's pieces of X.
 
     Returns:
-        A trace of residuals (parameters, iterations, norms), or None.
+        What was measured, or None.
     """
     errors: dict[int, Tensor] = {}
     norms: tuple[str, ...] = ()
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
     for job in jobs:
         pieces, trace = direction(job.matrix)
+        if trace is not None:
+            seen.append(_vectors(job.matrix, pieces, trace.residuals))
         for piece, X, seed in zip(job.matrix.pieces, pieces, job.seeds(), strict=True):
             subtract_(piece.weight, X, job.lr, job.weight_decay, seed)
         if trace is not None:
             norms = trace.norms
             error = trace.residuals.square() * job.matrix.share
             errors[job.parameter] = errors.get(job.parameter, torch.zeros_like(error)) + error
-    return Trace(norms, _over_batches(jobs, errors).sqrt()) if errors else None
+    if not errors:
+        return None
+    rows, columns, mean_squares = zip(*seen, strict=True)
+    residuals = _over_batches(jobs, errors).sqrt()
+    return Measured(norms, residuals, torch.cat(rows), torch.cat(columns), torch.stack(mean_squares))
+
+
+def _vectors(matrix: ShardedMatrix, pieces: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and columns of this rank's frame, as `Measured` has them, and the mean square of X, from its pieces."""
+    rows, columns = (like.new_zeros(size, dtype=torch.float64) for size in matrix.frame)
+    square = rows.new_zeros(1)
+    for (_, G, i, j), X in zip(matrix.pieces, pieces, strict=True):
+        squares = G.double().square()
+        rows[i : i + len(G)] += squares.sum(-1)
+        columns[j : j + G.shape[1]] += G.any(0)
+        square += X.square().sum()
+    all_reduce_(rows, matrix.row_groups)
+    all_reduce_(columns, matrix.column_groups)
+    all_reduce_(square, tuple(dict.fromkeys((*matrix.column_groups, *matrix.row_groups))))
+    return inverse_rms(rows / matrix.shape[1]), columns, square[0] / (matrix.shape[0] * matrix.shape[1])
 
 
 def gathered(matrix: ShardedMatrix, normalize: Normalize, like: Tensor) -> tuple[list[Tensor], Trace | None]:

@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_multinorm import sinkhorn
-from lightning_multinorm.alternating import Trace
+from lightning_multinorm.optim.auto_iterations import Iterations
 from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.groups import Group
 from lightning_multinorm.optim.normalized import Batch
+from lightning_multinorm.optim.observation import Measured
 from lightning_multinorm.sinkhorn import select, sharded
 from lightning_multinorm.sinkhorn.sharded import Job
 
@@ -28,13 +29,17 @@ class SinkGD(MultiNormOptimizer):
         lr: learning rate of all groups (default: 0.02, the value that implementations of the paper agree on).
         matrix_lr_scale: the paper's α; a matrix changes by ``lr · matrix_lr_scale`` RMS per entry and step
             (default: 0.05, so 1e-3 at the peak).
-        iterations: L, alternations of rows and columns (default: 5).
+        iterations: L, alternations of rows and columns (default: 5). "auto": every 32nd step makes
+            ``max_iterations`` and measures how many each parameter needs to come within ``tolerance``; the steps until
+            the next make so many. Differs from the paper. To measure, the host waits for the device once.
         weight_decay: decoupled, times the effective learning rate, on every group (default: 0).
         betas: Adam's, for what is not a matrix (default: (0.9, 0.999)).
         eps: Adam's, likewise (default: 1e-8).
         stochastic_rounding: round bfloat16 parameters up or down at random, so that the expected value is exact and
             no update is lost (default); to nearest if False. Other dtypes are always rounded to nearest.
         fallback_lr_scale: Adam's learning rate is ``lr · fallback_lr_scale`` (default: 1: one lr for all).
+        tolerance: with ``iterations="auto"``, the largest residual of any norm that is let stand (default: 0.01).
+        max_iterations: with ``iterations="auto"``, at most so many (default: 10).
         kernel: what computes SR-Sinkhorn. "auto" (default) takes Numba on CPUs and Triton on GPUs where they are
             installed and the dtypes are float32, bfloat16 or float16, else plain PyTorch ("eager").
 
@@ -44,20 +49,20 @@ class SinkGD(MultiNormOptimizer):
         TypeError: for complex or integer parameters.
     """
 
-    _scheme = ("iterations",)
-
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor = 0.02,
         matrix_lr_scale: float = 0.05,
-        iterations: int = 5,
+        iterations: Iterations = 5,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         *,
         stochastic_rounding: bool = True,
         fallback_lr_scale: float = 1.0,
+        tolerance: float = 0.01,
+        max_iterations: int = 10,
         kernel: sinkhorn.Kernel = "auto",
     ) -> None:
         select.check_kernel(kernel)
@@ -65,6 +70,8 @@ class SinkGD(MultiNormOptimizer):
         defaults = {
             "lr": lr,
             "iterations": iterations,
+            "tolerance": tolerance,
+            "max_iterations": max_iterations,
             "weight_decay": weight_decay,
             "betas": betas,
             "eps": eps,
@@ -75,21 +82,23 @@ class SinkGD(MultiNormOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kernel": self._kernel}
 
-    def _update_(self, batch: Batch, group: Group) -> Trace | None:
-        residuals = sinkhorn.update_(
+    def _update_(self, batch: Batch, group: Group) -> Measured | None:
+        found = sinkhorn.update_(
             batch.weights,
             batch.gradients,
             lr=batch.lr,
             weight_decay=batch.weight_decay,
-            iterations=group["iterations"],
+            iterations=batch.iterations,
             trace=batch.observe,
             seed=batch.seed,
             kernel=self._kernel,
         )
-        return None if residuals is None else Trace(("row", "column"), residuals)
+        return None if found is None else Measured(("row", "column"), *found)
 
-    def _update_sharded_(self, jobs: Sequence[Job], group: Group, like: Tensor, *, observe: bool) -> Trace | None:
+    def _update_sharded_(
+        self, jobs: Sequence[Job], group: Group, iterations: int, like: Tensor, *, observe: bool
+    ) -> Measured | None:
         tensors = [x for job in jobs for piece in job.matrix.pieces for x in (piece.weight, piece.gradient)]
         passes = select.passes(self._kernel, like.device, {x.dtype for x in [*tensors, like]})
-        residuals = sharded.update_(jobs, group["iterations"], passes, like, trace=observe)
-        return None if residuals is None else Trace(("row", "column"), residuals)
+        found = sharded.update_(jobs, iterations, passes, like, trace=observe)
+        return None if found is None else Measured(("row", "column"), *found)

@@ -14,6 +14,7 @@ from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.gram import has_local_gram, whitened
 from lightning_multinorm.optim.groups import Group
 from lightning_multinorm.optim.normalized import Batch, Normalize, apply_normalized_, apply_sharded_, gathered
+from lightning_multinorm.optim.observation import Measured
 from lightning_multinorm.sinkhorn.sharded import Job
 from lightning_multinorm.whitening import Orthogonalization, polar_newton_schulz, polar_svd
 
@@ -93,10 +94,12 @@ class SWAN(MultiNormOptimizer):
         }
         super().__init__(params, defaults, matrix_lr_scale=matrix_lr_scale, fallback_lr_scale=fallback_lr_scale)
 
-    def _update_(self, batch: Batch, group: Group) -> Trace | None:
+    def _update_(self, batch: Batch, group: Group) -> Measured | None:
         return apply_normalized_(batch, _normalize(group, batch.observe))
 
-    def _update_sharded_(self, jobs: Sequence[Job], group: Group, like: Tensor, *, observe: bool) -> Trace | None:
+    def _update_sharded_(
+        self, jobs: Sequence[Job], group: Group, iterations: int, like: Tensor, *, observe: bool
+    ) -> Measured | None:
         normalize = _normalize(group, observe)
 
         def direction(matrix: ShardedMatrix) -> tuple[list[Tensor], Trace | None]:

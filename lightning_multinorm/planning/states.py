@@ -83,7 +83,7 @@ def optimizer_memory(
             name=name,
             states=sum(2 * p.nbytes + torch.float32.itemsize for p in by_adam),
             transient=max(_normalizing(optimizer, matrices, dtype, device), _rounding(optimizer, by_adam, device)),
-            iterations=optimizer.defaults["iterations"] if isinstance(optimizer, SinkGD) else None,
+            iterations=_most_iterations(optimizer) if isinstance(optimizer, SinkGD) else None,
             gathers=not isinstance(optimizer, SinkGD),
             grams=isinstance(optimizer, SWAN) and optimizer.defaults["whitening"] == "newton_schulz",
             releases=True,
@@ -133,6 +133,11 @@ def _count_states(optimizer: Optimizer) -> int:
             f"in {type(error).__name__}: {reason}. Plan with another, such as torch.optim.AdamW"
         ) from None
     return sum(_bytes(value) for state in optimizer.state.values() for value in state.values())
+
+
+def _most_iterations(optimizer: SinkGD) -> int:
+    iterations = optimizer.defaults["iterations"]
+    return int(optimizer.defaults["max_iterations"] if iterations == "auto" else iterations)
 
 
 def _bytes(value: Any) -> int:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_multinorm.sinkhorn.select import Kernel, path
+from lightning_multinorm.sinkhorn.tracing import Tracing
 
-__all__ = ["Kernel", "scalings", "sr_sinkhorn", "update_"]
+__all__ = ["Kernel", "Tracing", "scalings", "sr_sinkhorn", "update_"]
 
 
 def scalings(
     gradient: Tensor, iterations: int, *, trace: bool = False, kernel: Kernel = "auto"
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tracing | None]:
     """The vectors r and c with SR-Sinkhorn(G) = diag(r) G diag(c), without forming it.
 
     Args:
@@ -27,8 +28,8 @@ def scalings(
 
     Returns:
         r (..., m) and c (..., n) in float32 (float64 for float64), to be applied as ``(r * G) * c``, rows first, so
-        that no product leaves the range; and the residuals (..., L, 2) of rows and columns after each iteration, or
-        None. Zero rows and columns get the scaling 0.
+        that no product leaves the range; and, if asked for, what was seen on the way. Zero rows and columns get the
+        scaling 0.
     """
     return path(kernel, gradient).scalings(gradient, iterations, trace=trace)
 
@@ -43,7 +44,7 @@ def update_(
     trace: bool = False,
     seed: int | Tensor | None = None,
     kernel: Kernel = "auto",
-) -> Tensor | None:
+) -> Tracing | None:
     """``W <- (1 - lr · weight_decay) W - lr · SR-Sinkhorn(G)``, in place, for matrices of one shape, dtype and device.
 
     Args:
@@ -52,13 +53,13 @@ def update_(
         lr: RMS change per entry, as a number or a 0-d tensor.
         weight_decay: decoupled weight decay.
         iterations: L.
-        trace: also return the residuals.
+        trace: also return what was seen on the way (one more read of G).
         seed: rounds bfloat16 weights stochastically, with noise from this number (or 0-d int64 tensor) that is the
             same on every path; None rounds to nearest. Other dtypes are always rounded to nearest.
         kernel: which path computes; "auto" chooses by device and dtype.
 
     Returns:
-        Residuals (len(weights), ..., L, 2) after each iteration, or None.
+        A tracing of (len(weights), ...) matrices, or None.
     """
     return path(kernel, weights[0], gradients[0]).update_(
         weights,

@@ -17,13 +17,14 @@ from torch import Tensor
 from lightning_multinorm.rounding import key
 from lightning_multinorm.sinkhorn import cpu_kernels as kernels
 from lightning_multinorm.sinkhorn import cpu_threads
+from lightning_multinorm.sinkhorn.tracing import Tracing
 
 _KINDS = {torch.float32: kernels.FLOAT32, torch.bfloat16: kernels.BFLOAT16, torch.float16: kernels.FLOAT16}
 _Floats = np.ndarray[Any, np.dtype[np.float32]]
 _Item = TypeVar("_Item")
 
 
-def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple[Tensor, Tensor, Tracing | None]:
     """See `lightning_multinorm.sinkhorn.scalings`; for tensors on the CPU, in float32.
 
     Raises:
@@ -32,12 +33,11 @@ def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple
     """
     _check([gradient], gradient.shape)
     *batch, m, n = gradient.shape
-    r, c, residuals = torch.ones(*batch, m), torch.ones(*batch, n), torch.zeros(*batch, iterations, 2)
+    r, c, residuals, rows = (torch.ones(*batch, *size) for size in ((m,), (n,), (iterations, 2), (m,)))
+    found = Tracing(residuals.zero_(), rows, c)
     if gradient.numel():
-        Gs = _matrices([gradient])
-        traces = residuals.view(len(Gs), iterations, 2) if trace else None
-        _solve(None, Gs, (m, n), iterations, traces, keep=(r.view(len(Gs), m), c.view(len(Gs), n)))
-    return r, c, residuals if trace else None
+        _solve(None, _matrices([gradient]), (m, n), iterations, _Kept.of(r, found, trace))
+    return r, c, found if trace else None
 
 
 def update_(
@@ -49,7 +49,7 @@ def update_(
     iterations: int = 5,
     trace: bool = False,
     seed: int | Tensor | None = None,
-) -> Tensor | None:
+) -> Tracing | None:
     """See `lightning_multinorm.sinkhorn.update_`; for tensors on the CPU, in float32.
 
     Raises:
@@ -61,15 +61,14 @@ def update_(
     if len(weights) != len(gradients):
         raise ValueError(f"{len(weights)} weights do not match {len(gradients)} gradients")
     *batch, m, n = gradients[0].shape
-    residuals = torch.zeros(len(weights), *batch, iterations, 2) if trace else None
+    found = Tracing(*(torch.zeros(len(weights), *batch, *size) for size in ((iterations, 2), (m,), (n,))))
     if gradients[0].numel():
-        Ws, Gs = _matrices(weights), _matrices(gradients)
-        traces = residuals.view(len(Gs), iterations, 2) if residuals is not None else None
         rate = float(lr)
         how = _How(rate, 1 - rate * weight_decay, None if seed is None else int(seed))
-        _solve(Ws, Gs, (m, n), iterations, traces, how=how)
+        kept = _Kept.of(None, found) if trace else _Kept()
+        _solve(_matrices(weights), _matrices(gradients), (m, n), iterations, kept, how=how)
         torch.autograd.graph.increment_version([W for W in weights if not W.is_inference()])
-    return residuals
+    return found if trace else None
 
 
 class _How(NamedTuple):
@@ -84,6 +83,24 @@ class _How(NamedTuple):
 
 
 _UNUSED = _How()
+
+
+class _Kept(NamedTuple):
+    """Vectors of all matrices that are kept, one matrix a row; r and c of no use to anyone are not."""
+
+    residuals: Tensor | None = None
+    first: Tensor | None = None
+    r: Tensor | None = None
+    c: Tensor | None = None
+
+    @classmethod
+    def of(cls, r: Tensor | None, found: Tracing, trace: bool = True) -> "_Kept":
+        def by_matrix(x: Tensor, dims: int) -> Tensor:
+            return x.view(count, *x.shape[x.ndim - dims :])
+
+        count = found.columns.shape[:-1].numel()
+        residuals, first = (by_matrix(found.residuals, 2), by_matrix(found.rows, 1)) if trace else (None, None)
+        return cls(residuals, first, None if r is None else by_matrix(r, 1), by_matrix(found.columns, 1))
 
 
 class _Matrix(NamedTuple):
@@ -146,44 +163,36 @@ def _solve(
     Gs: "list[_Matrix]",
     shape: tuple[int, int],
     iterations: int,
-    traces: Tensor | None,
+    kept: _Kept,
     *,
     how: _How = _UNUSED,
-    keep: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Scalings of every G, kept or used to update W: whole matrices side by side if there are enough of them."""
-    threads = torch.get_num_threads()
+    threads, trace = torch.get_num_threads(), kept.residuals is not None
     if len(Gs) >= threads:
         none = [_Matrix(0, Gs[0].kind, 0, 0)] * len(Gs)
         rows = [
             (W.address, W.row_stride, W.column_stride, G.address, G.row_stride, G.column_stride, how.key(k), *places)
-            for k, (W, G, *places) in enumerate(
-                zip(
-                    Ws or none,
-                    Gs,
-                    _places(traces, len(Gs)),
-                    *(_places(x, len(Gs)) for x in keep or (None, None)),
-                    strict=True,
-                )
-            )
+            for k, (W, G, *places) in enumerate(zip(Ws or none, Gs, *(_places(x, len(Gs)) for x in kept), strict=True))
         ]
         table = np.array(rows, kernels.MATRIX)
         common = ((Ws or none)[0].kind, Gs[0].kind, *shape, iterations)
         job = np.array(
-            [(0, len(Gs), table.ctypes.data, *common, traces is not None, how.seed is not None, how.lr, how.keep)],
+            [(0, len(Gs), table.ctypes.data, *common, trace, how.seed is not None, how.lr, how.keep)],
             kernels.JOB,
         )
         cpu_threads.run(kernels.work, kernels.team(), job.ctypes.data, threads)
         return
     work = _Work.empty(*shape)
     for k, G in enumerate(Gs):
-        own = work if keep is None else work._replace(r=keep[0][k].numpy(), c=keep[1][k].numpy())
-        residuals = None if traces is None else traces[k].numpy()
-        if not _share_scalings(G, iterations, residuals, own, threads, scaled=False):
+        residuals, first, r, c = (None if x is None else x[k].numpy() for x in kept)
+        own = work._replace(r=work.r if r is None else r, c=work.c if c is None else c)
+        if not _share_scalings(G, iterations, residuals, first, own, threads, scaled=False):
             kernels.equilibrate(*G, *shape, own.a, own.b, own.buffer)
-            _share_scalings(G, iterations, residuals, own, threads, scaled=True)
-            kernels.unscale(own.r, own.a)
-            kernels.unscale(own.c, own.b)
+            _share_scalings(G, iterations, residuals, first, own, threads, scaled=True)
+            for scaling, powers in ((own.r, own.a), (own.c, own.b), (first, own.a)):
+                if scaling is not None:
+                    kernels.unscale(scaling, powers)
         if Ws is not None:
             _share_update(Ws[k], G, own, how, how.key(k), threads)
 
@@ -206,7 +215,14 @@ def _share_update(W: "_Matrix", G: "_Matrix", work: "_Work", how: _How, noise: i
 
 
 def _share_scalings(
-    G: _Matrix, iterations: int, residuals: _Floats | None, work: _Work, threads: int, *, scaled: bool
+    G: _Matrix,
+    iterations: int,
+    residuals: _Floats | None,
+    first: _Floats | None,
+    work: _Work,
+    threads: int,
+    *,
+    scaled: bool,
 ) -> bool:
     """`kernels.scalings` by several threads, each of which takes the next panel of rows; False if not in range."""
     m, n = len(work.r), len(work.c)
@@ -231,6 +247,8 @@ def _share_scalings(
             kernels.close(work.q, work.r)
             kernels.close(total, work.c)
             c = work.c
+            if first is not None and k == 0:
+                first[:] = work.r
             if residuals is not None:
                 residuals[k, 1] = kernels.residual(total, work.c)
     return True

@@ -325,17 +325,21 @@ def unscale(x: Any, powers: Any) -> None:
 
 @jit
 def scalings(
-    G: int, kind: int, row: int, column: int, iterations: int, trace: bool, residuals: Any,
+    G: int, kind: int, row: int, column: int, iterations: int, trace: bool, residuals: Any, first: Any,
     r: Any, c: Any, q: Any, sums: Any, total: Any, a: Any, b: Any, buffer: Any,
 ) -> None:  # fmt: skip
-    """r, c and, if asked for, residuals (L, 2) of one matrix, by one thread."""
+    """r, c and, if asked for, residuals (L, 2) and the first r of one matrix, by one thread."""
     for scaled in (False, True):
         if scaled:
             equilibrate(G, kind, row, column, len(r), len(c), a, b, buffer)
-        if _alternate(G, kind, row, column, iterations, trace, residuals, r, c, q, sums, total, a, b, scaled, buffer):
+        if _alternate(
+            G, kind, row, column, iterations, trace, residuals, first, r, c, q, sums, total, a, b, scaled, buffer
+        ):
             if scaled:
                 unscale(r, a)
                 unscale(c, b)
+                if trace:
+                    unscale(first, a)
             return
 
 
@@ -349,7 +353,7 @@ def begin(r: Any, c: Any, b: Any, scaled: bool) -> None:
 
 @jit
 def _alternate(
-    G: int, kind: int, row: int, column: int, iterations: int, trace: bool, residuals: Any,
+    G: int, kind: int, row: int, column: int, iterations: int, trace: bool, residuals: Any, first: Any,
     r: Any, c: Any, q: Any, sums: Any, total: Any, a: Any, b: Any, scaled: bool, buffer: Any,
 ) -> bool:  # fmt: skip
     """False if sums are not to be trusted, which they always are if ``scaled``."""
@@ -375,6 +379,8 @@ def _alternate(
             close(total, c)
             if trace:
                 residuals[k, 1] = residual(total, c)
+                if k == 0:
+                    first[:] = r
     return True
 
 
@@ -412,13 +418,14 @@ JOB = np.dtype(
     + [("lr", np.float64), ("keep", np.float64)]
 )
 MATRIX = np.dtype(
-    [(name, np.int64) for name in ("W", "w_row", "w_column", "G", "g_row", "g_column", "key", "residuals", "r", "c")]
+    [(name, np.int64) for name in ("W", "w_row", "w_column", "G", "g_row", "g_column", "key")]
+    + [(name, np.int64) for name in ("residuals", "first", "r", "c")]
 )
 
 
 @jit
 def work(address: int) -> None:
-    """Take one matrix of a job after another: its scalings, kept if it has a place for them, and the update of W."""
+    """Take one matrix of a job after another: its scalings, kept if they have places, and the update of W."""
     job = carray(pointer(address), (1,), JOB)[0]
     matrices = carray(pointer(job.matrices), (job.count,), MATRIX)
     m, n, trace, stochastic = job.m, job.n, job.trace != 0, job.stochastic != 0
@@ -433,11 +440,12 @@ def work(address: int) -> None:
         M = matrices[k]
         residuals = carray(pointer(M.residuals), (job.iterations if trace else 0, 2), np.float32)
         scalings(
-            M.G, job.g_kind, M.g_row, M.g_column, job.iterations, trace, residuals,
+            M.G, job.g_kind, M.g_row, M.g_column, job.iterations, trace, residuals, _floats(M.first, m if trace else 0),
             r, c, q, sums, total, a, b, buffer,
         )  # fmt: skip
         if M.r:
             _floats(M.r, m)[:] = r
+        if M.c:
             _floats(M.c, n)[:] = c
         if M.W:
             update(

@@ -20,26 +20,28 @@ from torch import Tensor
 
 from lightning_multinorm.rounding import noise, round_to_bfloat16
 from lightning_multinorm.scaling import inverse_power_of_two, working_dtype
+from lightning_multinorm.sinkhorn.tracing import Tracing
 
 # Entries of one block: small enough to stay in a CPU's cache and to be no weight in memory, large enough to keep an
 # accelerator busy.
 _BLOCK_CPU, _BLOCK_ACCELERATOR = 2**17, 2**24
 
 
-def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple[Tensor, Tensor, Tracing | None]:
     """See `lightning_multinorm.sinkhorn.scalings`."""
     *batch, m, n = gradient.shape
     G = gradient.reshape(math.prod(batch), m, n)
     r = torch.ones(len(G), m, dtype=working_dtype(G), device=G.device)
     c = torch.ones(len(G), n, dtype=r.dtype, device=G.device)
-    residuals = torch.zeros(len(G), iterations, 2, dtype=r.dtype, device=G.device) if trace else None
+    found = Tracing(r.new_zeros(len(G), iterations, 2), r.new_zeros(r.shape), c) if trace else None
     step = max(1, block_size(G) // max(1, m * n))
     for i in range(0, len(G) if iterations and G.numel() else 0, step):
         part = slice(i, i + step)
-        r[part], c[part] = _alternate(G[part], iterations, None if residuals is None else residuals[part])
-    if residuals is not None:
-        residuals = residuals.reshape(*batch, iterations, 2)
-    return r.reshape(*batch, m), c.reshape(*batch, n), residuals
+        seen = None if found is None else Tracing(*(x[part] for x in found))
+        r[part], c[part] = _alternate(G[part], iterations, seen)
+    if found is not None:
+        found = Tracing(*(x.reshape(*batch, *x.shape[1:]) for x in found))
+    return r.reshape(*batch, m), c.reshape(*batch, n), found
 
 
 def update_(
@@ -51,7 +53,7 @@ def update_(
     iterations: int = 5,
     trace: bool = False,
     seed: int | Tensor | None = None,
-) -> Tensor | None:
+) -> Tracing | None:
     """See `lightning_multinorm.sinkhorn.update_`."""
     traces = []
     per_stack = max(1, block_size(gradients[0]) // max(1, gradients[0].numel()))
@@ -59,13 +61,14 @@ def update_(
         part = gradients[i : i + per_stack]
         # A stack is a copy, so only matrices that fit a block together are stacked: it saves calls, not memory.
         G = torch.stack(list(part)) if len(part) > 1 else part[0].unsqueeze(0)
-        r, c, residuals = scalings(G, iterations, trace=trace)
+        r, c, found = scalings(G, iterations, trace=trace)
         matrices = gradients[0].shape[:-2].numel()
         for k, (W, G_k, r_k, c_k) in enumerate(zip(weights[i : i + per_stack], part, r, c, strict=True), i):
             # Noise is numbered by matrix, so a batch that is rounded stochastically is taken one matrix at a time.
             _apply_(W, G_k, r_k, c_k, lr, weight_decay, seed if W.dtype is torch.bfloat16 else None, k * matrices)
-        traces.append(residuals)
-    return torch.cat([t for t in traces if t is not None]) if trace else None
+        traces.append(found)
+    kept = [found for found in traces if found is not None]
+    return Tracing(*(torch.cat(parts) for parts in zip(*kept, strict=True))) if trace else None
 
 
 def apply_part_(
@@ -80,8 +83,8 @@ def block_size(tensor: Tensor) -> int:
     return _BLOCK_CPU if tensor.device.type == "cpu" else _BLOCK_ACCELERATOR
 
 
-def _alternate(G: Tensor, iterations: int, residuals: Tensor | None) -> tuple[Tensor, Tensor]:
-    """r (B, m) and c (B, n) for G (B, m, n), whose matrices fit a block unless B = 1; fills residuals (B, L, 2).
+def _alternate(G: Tensor, iterations: int, found: Tracing | None) -> tuple[Tensor, Tensor]:
+    """r (B, m) and c (B, n) for G (B, m, n), whose matrices fit a block unless B = 1; fills residuals and rows.
 
     Squares and products go into two buffers, since large new tensors cost more than the arithmetic; a single block is
     squared once. The sums are sums, not matrix-vector products: a lowered matmul precision must not reach them.
@@ -96,7 +99,7 @@ def _alternate(G: Tensor, iterations: int, residuals: Tensor | None) -> tuple[Te
         for rows in blocks:
             yield rows, _squares(G[:, rows], a[:, rows], b, buffer) if whole is None else whole
 
-    u = torch.ones_like(a)
+    u, residuals = torch.ones_like(a), None if found is None else found.residuals
     v = b.square().reciprocal()  # the first row sums are those of G itself, not of diag(a) G diag(b)
     for iteration in range(iterations):
         column_sums = torch.zeros_like(b)
@@ -107,6 +110,8 @@ def _alternate(G: Tensor, iterations: int, residuals: Tensor | None) -> tuple[Te
             u[:, rows] = _quotient(n, row_sums)
             column_sums += torch.mul(S, u[:, rows, None], out=product[:, : S.shape[1]]).sum(-2)
         v = _quotient(m, column_sums)
+        if found is not None and iteration == 0:
+            found.rows.copy_(_finite(a * u.sqrt()))
         if residuals is not None:
             residuals[:, iteration, 1] = _squared_error(column_sums * v, m)
     if residuals is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_multinorm.sinkhorn.sharded import Passes
+from lightning_multinorm.sinkhorn.tracing import Tracing
 
 Kernel = Literal["auto", "eager", "numba", "triton"]
 """auto: the fastest for device and dtype. eager: plain PyTorch, any device and dtype. numba: on the CPU. triton: on a
@@ -27,7 +28,7 @@ class Path(Protocol):
 
     def scalings(
         self, gradient: Tensor, iterations: int, *, trace: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
+    ) -> tuple[Tensor, Tensor, Tracing | None]: ...
 
     def update_(
         self,
@@ -39,7 +40,7 @@ class Path(Protocol):
         iterations: int = 5,
         trace: bool = False,
         seed: int | Tensor | None = None,
-    ) -> Tensor | None: ...
+    ) -> Tracing | None: ...
 
 
 def check_kernel(kernel: str) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from lightning_multinorm.layouts import Groups, ShardedMatrix, reduce_
 from lightning_multinorm.rounding import lowbias32
 from lightning_multinorm.scaling import inverse_power_of_two, working_dtype
+from lightning_multinorm.sinkhorn.tracing import Tracing
 
 LIFT = 2.0**60
 _LIFTED_BELOW = 2.0**-60  # a column with a larger sum loses nothing without the lift
@@ -95,7 +96,7 @@ def update_(
     like: Tensor,
     *,
     trace: bool = False,
-) -> Tensor | None:
+) -> Tracing | None:
     """SinkGD's update of sharded matrices, of any shapes, on one device; a collective call, equal on all ranks.
 
     Args:
@@ -103,11 +104,27 @@ def update_(
         iterations: L.
         passes: what reads and updates the local parts.
         like: a gradient, for device and dtype where this rank's shards are all empty.
-        trace: also return the residuals.
+        trace: also return what was seen on the way.
 
     Returns:
-        Residuals (parameters, L, 2) of rows and columns after each iteration, or None.
+        A tracing, or None: residuals (parameters, L, 2), equal on all ranks; rows and columns of this rank's frames of
+        the jobs' matrices, one after another.
     """
+    work = _alternated(jobs, iterations, passes, like, trace)
+    owners = [job for job in jobs for _ in job.matrix.pieces]
+    seeds = [seed for job in jobs for seed in job.seeds()]
+    passes.apply_(work.parts, [job.lr for job in owners], [job.weight_decay for job in owners], seeds)
+    return work.tracing()
+
+
+def trace(jobs: Sequence[Job], iterations: int, passes: Passes, like: Tensor) -> Tracing:
+    """What `update_` would see, without the update; a collective call."""
+    found = _alternated(jobs, iterations, passes, like, True).tracing()
+    assert found is not None
+    return found
+
+
+def _alternated(jobs: Sequence[Job], iterations: int, passes: Passes, like: Tensor, trace: bool) -> "_Work":
     work = _Work(jobs, iterations, like, trace)
     work.begin(passes)
     for k in range(iterations):
@@ -115,10 +132,7 @@ def update_(
         work.step_columns(passes, k)
     if trace and iterations:
         work.measure_rows(passes)
-    owners = [job for job in jobs for _ in job.matrix.pieces]
-    seeds = [seed for job in jobs for seed in job.seeds()]
-    passes.apply_(work.parts, [job.lr for job in owners], [job.weight_decay for job in owners], seeds)
-    return work.residuals()
+    return work
 
 
 class _Work:
@@ -134,7 +148,7 @@ class _Work:
         self.m = _spread([matrix.shape[0] for matrix in self.matrices], columns, self.C)
         self.n = _spread([matrix.shape[1] for matrix in self.matrices], rows, self.R)
         self.parts = [part for k, matrix in enumerate(self.matrices) for part in self._parts(k, matrix)]
-        self.jobs, self.iterations = jobs, iterations
+        self.jobs, self.iterations, self.rows = jobs, iterations, self.r
         count = 1 + max(job.parameter for job in jobs)
         self.errors = torch.zeros(count, iterations, 2, dtype=dtype, device=device) if trace else None
 
@@ -158,6 +172,8 @@ class _Work:
         if k:
             self._add_row_errors(k - 1)
         _scale_(self.r, _step(self.n, self.R))
+        if k == 0 and self.errors is not None:
+            self.rows = self.r.clone()
 
     def step_columns(self, passes: Passes, k: int) -> None:
         self.C.zero_()
@@ -179,8 +195,8 @@ class _Work:
         self._sum_rows(passes)
         self._add_row_errors(self.iterations - 1)
 
-    def residuals(self) -> Tensor | None:
-        """(parameters, L, 2): root mean squares over all rows, or columns, of all matrices of a parameter."""
+    def tracing(self) -> Tracing | None:
+        """Residuals are root mean squares over all rows, or columns, of all matrices of a parameter."""
         if self.errors is None:
             return None
         for side in (0, 1):
@@ -191,7 +207,7 @@ class _Work:
             spans = [(slice(p * self.iterations, (p + 1) * self.iterations), g) for p, g in groups.items()]
             reduce_((flat,), spans)
             self.errors[..., side] = flat.view(-1, self.iterations)
-        return self.errors.sqrt()
+        return Tracing(self.errors.sqrt(), self.rows, self.c)
 
     def _sum_rows(self, passes: Passes) -> None:
         self.R.zero_()

@@ -30,6 +30,7 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from lightning_multinorm.sinkhorn import triton_kernels as kernels
+from lightning_multinorm.sinkhorn.tracing import Tracing
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -72,7 +73,7 @@ class _Plan(NamedTuple):
     update_tile: tuple[int, int]
 
 
-def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple[Tensor, Tensor, Tracing | None]:
     """As `lightning_multinorm.sinkhorn.eager.scalings`, for tensors on a GPU; in float32.
 
     Raises:
@@ -82,16 +83,17 @@ def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple
     *batch, m, n = gradient.shape
     count = math.prod(batch)
     r, c = _new(torch.ones, gradient, count, m), _new(torch.ones, gradient, count, n)
-    residuals = _new(torch.zeros, gradient, count, iterations, 2) if trace else None
+    found = _traced(gradient, count, m, n, iterations)._replace(columns=c) if trace else None
     if gradient.numel() and iterations:
         with _on(gradient.device):
             (table,) = _tables([gradient], [gradient])
             work = _Work(table, gradient, gradient)
             for part in work.groups():
-                work.alternate(part, r[part], c[part], iterations, None if residuals is None else residuals[part])
-    if residuals is not None:
-        residuals = residuals.view(*batch, iterations, 2)
-    return r.view(*batch, m), c.view(*batch, n), residuals
+                seen = None if found is None else Tracing(*(x[part] for x in found))
+                work.alternate(part, r[part], c[part], iterations, seen)
+    if found is not None:
+        found = Tracing(*(x.view(*batch, *x.shape[1:]) for x in found))
+    return r.view(*batch, m), c.view(*batch, n), found
 
 
 def update_(
@@ -103,7 +105,7 @@ def update_(
     iterations: int = 5,
     trace: bool = False,
     seed: int | Tensor | None = None,
-) -> Tensor | None:
+) -> Tracing | None:
     """As `lightning_multinorm.sinkhorn.eager.update_`, for tensors on a GPU; in float32, rounded once at the end.
 
     Weights and gradients may have any strides. ``lr`` and ``seed`` (int64) may be 0-d tensors on the device: they are
@@ -121,7 +123,7 @@ def update_(
     if len(weights) != len(gradients) or W.shape != G.shape or W.device != G.device:
         raise ValueError(f"{len(weights)} weights {[*W.shape]} do not match {len(gradients)} gradients {[*G.shape]}")
     *batch, m, n = G.shape
-    residuals = _new(torch.zeros, G, len(weights) * math.prod(batch), iterations, 2) if trace else None
+    found = _traced(G, len(weights) * math.prod(batch), m, n, iterations) if trace else None
     if G.numel():
         with _on(G.device):
             rate = lr if isinstance(lr, Tensor) and lr.device == G.device else float(lr)
@@ -130,15 +132,19 @@ def update_(
             for table in _tables(weights, gradients):
                 work = _Work(table, W, G)
                 r, c = (_new(torch.ones, G, work.plan.group, k) for k in (m, n))
-                found = _new(torch.zeros, G, len(table.addresses) if trace else 0, iterations, 2)
+                seen = _traced(G, len(table.addresses), m, n, iterations) if trace else None
                 for part in work.groups():
+                    own = None if seen is None else Tracing(*(x[part] for x in seen))
                     if iterations:
-                        work.alternate(part, r, c, iterations, found[part] if trace else None)
+                        work.alternate(part, r, c, iterations, own)
+                    if own is not None:
+                        own.columns.copy_(c[: len(own.columns)])
                     work.apply_(part, r, c, rate, weight_decay, seed)
-                if residuals is not None:
-                    residuals.index_copy_(0, table.addresses[:, 2], found)
+                if found is not None and seen is not None:
+                    for all_of_them, those in zip(found, seen, strict=True):
+                        all_of_them.index_copy_(0, table.addresses[:, 2], those)
         torch.autograd.graph.increment_version([W for W in weights if not W.is_inference()])
-    return None if residuals is None else residuals.view(len(weights), *batch, iterations, 2)
+    return None if found is None else Tracing(*(x.view(len(weights), *batch, *x.shape[1:]) for x in found))
 
 
 def apply_(
@@ -169,9 +175,10 @@ class _Work:
         for k in range(0, len(self.table.addresses), self.plan.group):
             yield slice(k, k + self.plan.group)
 
-    def alternate(self, part: slice, r: Tensor, c: Tensor, iterations: int, residuals: Tensor | None) -> None:
-        """All iterations for one group: fills r and c, and residuals (matrices, L, 2)."""
-        table, plan, trace = self.table.addresses[part], self.plan, residuals is not None
+    def alternate(self, part: slice, r: Tensor, c: Tensor, iterations: int, found: Tracing | None) -> None:
+        """All iterations for one group: fills r and c, and residuals and rows of what is found."""
+        table, plan, trace = self.table.addresses[part], self.plan, found is not None
+        residuals = None if found is None else found.residuals
         count, shape = len(table), (self.m, self.n, *self.table.gradient_strides)
         panels, width = (plan.panels, plan.rows_per_panel), min(128, next_power_of_2(self.n))
         rows, columns, blocks = cdiv(self.m, plan.row_tile[0]), cdiv(self.n, plan.column_tile[1]), cdiv(self.n, width)
@@ -193,6 +200,8 @@ class _Work:
                 _launch(kernels.column_sums, count * plan.panels * columns, plan.column_tile, args, **how)
             if residuals is not None and measured:
                 residuals[:, k - 1, 0] = row_errors.sum(-1)
+            if found is not None and k == 0:
+                found.rows.copy_(r[:count])
             tile = min(16, next_power_of_2(plan.panels)), width
             args = (c, self.partials, column_errors, self.m, self.n, plan.panels, blocks)
             _launch(kernels.columns, count * blocks, tile, args, FIRST=k == 0, TRACE=trace)
@@ -282,6 +291,10 @@ def _launch(kernel: Any, programs: int, tile: tuple[int, int], args: tuple[Any, 
 
 def _new(make: Callable[..., Tensor], like: Tensor, *shape: int) -> Tensor:
     return make(shape, dtype=torch.float32, device=like.device)
+
+
+def _traced(like: Tensor, count: int, m: int, n: int, iterations: int) -> Tracing:
+    return Tracing(*(_new(torch.zeros, like, count, *size) for size in ((iterations, 2), (m,), (n,))))
 
 
 def _tables(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[_Table]:

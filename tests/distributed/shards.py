@@ -98,6 +98,7 @@ def compare(
     for trace, other in zip(traces, expected, strict=True):
         assert trace.norms == other.norms
         assert_close(trace.residuals, other.residuals, rtol=1e-3, atol=20 * tolerance)
+        assert_close(trace.statistics, other.statistics, rtol=1e-3, atol=0)
 
 
 def sharded(tensor: Tensor, mesh: Any, placements: tuple[Any, ...]) -> DTensor:
@@ -219,6 +220,7 @@ def division_among_replicas() -> None:
             assert torch.equal(one, two)
         for one, two in zip(*(run[1] for run in runs), strict=True):
             assert torch.equal(one.residuals, two.residuals)
+            assert torch.equal(one.statistics, two.statistics)
 
 
 def refuses_partial() -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lightning_multinorm import SWAN, MultiNormGD, SinkGD, alternating
-from lightning_multinorm.alternating import Trace
 from lightning_multinorm.norms import ColumnNorm, Norm, RowNorm, SpectralNorm
+from lightning_multinorm.optim.observation import STATISTICS, Observation
 from lightning_multinorm.sinkhorn import cpu, eager
 
 from . import reference
@@ -44,6 +44,11 @@ _CASES: dict[str, tuple[Callable[..., Any], tuple[str, ...], Callable[[Tensor], 
         ("row", "column"),
         lambda G: _residuals(G, ("row", "column"), ("row", "column"), _L),
     ),
+    "sinkgd_eager": (
+        lambda params: SinkGD(params, iterations=_L, kernel="eager"),
+        ("row", "column"),
+        lambda G: _residuals(G, ("row", "column"), ("row", "column"), _L),
+    ),
     "row_column": (
         lambda params: MultiNormGD(params, _PAIR, iterations=_L),
         ("row", "column"),
@@ -68,7 +73,7 @@ def test_every_matrix_is_observed_once_a_step_with_the_residuals_of_the_textbook
         weight = model.get_parameter(name)
         weight.grad = torch.randn_like(weight) + torch.eye(*weight.shape, dtype=weight.dtype)
     optimizer = make(model.named_parameters())
-    seen: list[tuple[Tensor, Trace]] = []
+    seen: list[tuple[Tensor, Observation]] = []
     twice: list[Tensor] = []
     optimizer.observers += [lambda *args: seen.append(args), lambda parameter, trace: twice.append(parameter)]
     optimizer.step()
@@ -90,11 +95,80 @@ def test_several_matrices_in_one_parameter_are_observed_by_their_root_mean_squar
     parameter = nn.Parameter(torch.zeros_like(G) if view == "batch" else torch.zeros(15, 8, dtype=torch.float64))
     parameter.grad = G.view_as(parameter).clone()
     optimizer = make([{"params": [("w", parameter)], "rule": "multinorm", "view": view, "name": "w"}])
-    traces: list[Trace] = []
+    traces: list[Observation] = []
     optimizer.observers.append(lambda _, trace: traces.append(trace))
     optimizer.step()
     squares = torch.stack([expected(matrix) for matrix in G]).square()
     assert_close(traces[0].residuals, squares.mean(0).sqrt(), rtol=1e-6, atol=1e-9)
+
+
+def _statistics(G: Tensor, before: Tensor, after: Tensor) -> list[float]:
+    """In float64, from gradient and weights alone; Hill's estimator as his paper has it."""
+    G, before, after = G.double(), before.double(), after.double()
+    rows = np.sort(G.norm(dim=1).numpy())[::-1]
+    k = int(np.ceil(0.1 * len(rows)))
+    tail = 1 / np.mean(np.log(rows[:k]) - np.log(rows[k]))
+    change = (after - before).norm()
+    zeros = [(G.abs().sum(dim) == 0).sum().item() for dim in (1, 0)]
+    rms, ratio = change / G.numel() ** 0.5, change / before.norm()
+    return [G.norm().item(), float(tail), *zeros, rms.item(), ratio.item()]
+
+
+@cases
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float64, 1.0), (torch.float32, 1.0), (torch.float32, 1e-25), (torch.float32, 1e25)]
+)
+def test_statistics_are_those_of_gradient_and_change(
+    make: Callable[..., Any],
+    norms: tuple[str, ...],
+    expected: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    scale: float,
+) -> None:
+    W = nn.Parameter(torch.randn(24, 15, dtype=dtype) / 10)
+    G = torch.randn(24, 15, dtype=torch.float64) * torch.randn(24, 1, dtype=torch.float64).exp()
+    G[[3, 7]], G[:, 2] = 0, 0
+    W.grad = (G * scale).to(dtype)
+    optimizer = make([("w", W)])
+    seen: list[Tensor] = []
+    optimizer.observers.append(lambda _, observation: seen.append(observation.statistics))
+    before = W.detach().clone()
+    optimizer.step()
+    assert len(seen[0]) == len(STATISTICS)
+    wanted = torch.tensor(_statistics(W.grad, before, W.detach()), dtype=torch.float32)
+    assert wanted[2:4].tolist() == [2, 1]
+    assert_close(seen[0], wanted, rtol=1e-4, atol=0)
+
+
+def test_statistics_of_several_matrices_in_one_parameter() -> None:
+    W, G = torch.randn(3, 20, 8) / 10, torch.randn(3, 20, 8) * torch.randn(3, 20, 1).exp()
+    G[1, 4], G[2, :, :2] = 0, 0
+    parameter = nn.Parameter(W.clone())
+    parameter.grad = G.clone()
+    optimizer = SinkGD([{"params": [("w", parameter)], "rule": "multinorm", "view": "batch", "name": "w"}])
+    seen: list[Tensor] = []
+    optimizer.observers.append(lambda _, observation: seen.append(observation.statistics))
+    optimizer.step()
+    parts = [_statistics(*matrices) for matrices in zip(G, W, parameter.detach(), strict=True)]
+    norms, tails, rows, columns, _, _ = zip(*parts, strict=True)
+    change = (parameter.detach() - W).double()
+    wanted = [
+        np.linalg.norm(norms), len(tails) / sum(1 / tail for tail in tails), sum(rows), sum(columns),
+        change.square().mean().sqrt(), change.norm() / W.norm(),
+    ]  # fmt: skip
+    assert_close(seen[0], torch.tensor([float(x) for x in wanted]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("exponent", "tolerance"), [(2.0, 0.35), (6.0, 1.0)])
+def test_the_tail_index_finds_the_exponent_of_a_power_law(exponent: float, tolerance: float) -> None:
+    W, rows = nn.Parameter(torch.zeros(4096, 4)), torch.rand(4096, 1).clamp(min=1e-4) ** (-1 / exponent)
+    W.grad = rows * torch.nn.functional.normalize(torch.randn(4096, 4), dim=1)
+    optimizer = SinkGD([("w", W)])
+    seen: list[Tensor] = []
+    optimizer.observers.append(lambda _, observation: seen.append(observation.statistics))
+    optimizer.step()
+    assert abs(seen[0][STATISTICS.index("tail_index")].item() - exponent) < tolerance
+    assert seen[0][STATISTICS.index("update_to_weight")] == 0  # of a weight that was zero
 
 
 @cases

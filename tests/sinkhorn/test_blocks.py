@@ -37,13 +37,16 @@ def _residuals(G: Tensor, iterations: int) -> Tensor:
 
 
 def _check_scalings(G: Tensor, iterations: int, rtol: float) -> None:
-    r, c, residuals = scalings(G, iterations, trace=True)
+    r, c, found = scalings(G, iterations, trace=True)
     assert r.dtype is c.dtype is (torch.float64 if G.dtype is torch.float64 else torch.float32)
-    assert residuals is not None
+    assert found is not None
+    rms = G.double().square().mean(-1).sqrt()
+    assert_close(found.rows.double(), torch.where(rms == 0, 0, 1 / rms), rtol=rtol, atol=0)
+    assert torch.equal(found.columns, c)
     for k, matrix in enumerate(G):
         product = (r[k].double()[:, None] * matrix.double()) * c[k].double()
         assert_close(product, reference.sr_sinkhorn(matrix, iterations), rtol=rtol, atol=0)
-        assert_close(residuals[k].double(), _residuals(matrix, iterations), rtol=10 * rtol, atol=2 * rtol)
+        assert_close(found.residuals[k].double(), _residuals(matrix, iterations), rtol=10 * rtol, atol=2 * rtol)
 
 
 def _gradients(count: int, dtype: torch.dtype) -> Tensor:
@@ -66,9 +69,9 @@ def test_scalings_and_residuals_by_blocks_of_rows(iterations: int) -> None:
 
 def test_no_trace_is_made_unless_asked_for() -> None:
     G = _gradients(2, torch.float32)
-    r, c, residuals = scalings(G, 5)
+    r, c, found = scalings(G, 5)
     traced_r, traced_c, _ = scalings(G, 5, trace=True)
-    assert residuals is None
+    assert found is None
     assert torch.equal(r, traced_r)
     assert torch.equal(c, traced_c)
     assert update_([torch.zeros(2, 9, 15)], [G], lr=1.0) is None
@@ -91,13 +94,13 @@ def _check_update(dtypes: tuple[torch.dtype, torch.dtype], lr: float | Tensor, w
     W, G = torch.randn(5, 9, 15).to(dtypes[0]), _gradients(5, dtypes[1])
     expected, before = _update(W, G, lr, weight_decay, 3), G.clone()
     weights = list(W.clone())
-    residuals = update_(weights, list(G), lr=lr, weight_decay=weight_decay, iterations=3, trace=True)
+    found = update_(weights, list(G), lr=lr, weight_decay=weight_decay, iterations=3, trace=True)
     half_ulp = torch.finfo(dtypes[0]).eps / 2
     assert_close(torch.stack(weights).double(), expected, rtol=1.01 * half_ulp, atol=4e-6)
     assert torch.equal(G, before)
-    assert residuals is not None
-    assert residuals.shape == (5, 3, 2)
-    assert_close(residuals.double(), torch.stack([_residuals(matrix, 3) for matrix in G]), rtol=2e-4, atol=1e-6)
+    assert found is not None
+    assert [x.shape for x in found] == [(5, 3, 2), (5, 9), (5, 15)]
+    assert_close(found.residuals.double(), torch.stack([_residuals(matrix, 3) for matrix in G]), rtol=2e-4, atol=1e-6)
     as_batch = W.clone()
     update_([as_batch], [G], lr=lr, weight_decay=weight_decay, iterations=3)
     assert_close(as_batch.double(), expected, rtol=1.01 * half_ulp, atol=4e-6)

@@ -36,9 +36,9 @@ def test_threads_change_no_bit(dtype: torch.dtype, scale: float) -> None:
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
         W = torch.ones(2, m, 29)
-        residuals = cpu.update_([W], [G], lr=0.5, weight_decay=0.25, iterations=3, trace=True)
-        assert residuals is not None
-        results.append((W, residuals, *cpu.scalings(G, 3)[:2]))
+        found = cpu.update_([W], [G], lr=0.5, weight_decay=0.25, iterations=3, trace=True)
+        assert found is not None
+        results.append((W, *found, *cpu.scalings(G, 3)[:2]))
     assert_close(results[0][0].double() - 0.875, -0.5 * reference.sr_sinkhorn(G, 3), rtol=1e-5, atol=1e-6)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -110,12 +110,13 @@ def test_zero_rows_and_columns_stay_zero(rows: list[int], columns: list[int]) ->
 @pytest.mark.parametrize("iterations", [0, 1, 5])
 def test_zero_and_empty_gradients_give_zero(shape: tuple[int, ...], iterations: int) -> None:
     assert torch.equal(sr_sinkhorn(torch.zeros(shape), iterations), torch.zeros(shape))
-    r, c, residuals = scalings(torch.zeros(shape), iterations, trace=True)
+    r, c, found = scalings(torch.zeros(shape), iterations, trace=True)
     assert r.shape == shape[:-1]
     assert c.shape == (*shape[:-2], shape[-1])
-    assert residuals is not None
-    assert residuals.shape == (*shape[:-2], iterations, 2)
-    assert (residuals == 0).all()
+    assert found is not None
+    assert found.residuals.shape == (*shape[:-2], iterations, 2)
+    assert (found.residuals == 0).all()
+    assert found.rows.shape == r.shape
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-36, 1e25, 1e35])

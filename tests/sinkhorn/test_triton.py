@@ -100,14 +100,16 @@ def test_scalings_of_a_gradient_stored_by_columns(device: torch.device) -> None:
 
 def _check_scalings(G: Tensor) -> None:
     for iterations in (1, 3):
-        r, c, residuals = fast.scalings(G, iterations, trace=True)
+        r, c, found = fast.scalings(G, iterations, trace=True)
         assert r.dtype is c.dtype is torch.float32
         product = (r.double().unsqueeze(-1) * G.double()) * c.double().unsqueeze(-2)
         assert_close(product, reference.sr_sinkhorn(G, iterations), rtol=5e-6, atol=0)
         expected = eager.scalings(G.double(), iterations, trace=True)[2]
-        assert residuals is not None
+        assert found is not None
         assert expected is not None
-        assert_close(residuals.double(), expected, rtol=5e-5, atol=2e-6)
+        assert_close(found.residuals.double(), expected.residuals, rtol=5e-5, atol=2e-6)
+        assert_close(found.rows.double(), expected.rows, rtol=5e-6, atol=0)
+        assert torch.equal(found.columns, c)
     untraced_r, untraced_c, none = fast.scalings(G, 3)
     assert none is None
     assert torch.equal(untraced_r, r)
@@ -140,12 +142,14 @@ def _check_update(weight_dtype: torch.dtype, gradient_dtype: torch.dtype, device
     for lr, weight_decay in ((0.3, 0.0), (torch.tensor(0.3, device=device), 0.7)):
         weights, exact, by_eager = W.clone(), W.float().clone(), W.clone()
         options = {"lr": lr, "weight_decay": weight_decay, "iterations": 2}
-        residuals = fast.update_(list(weights), list(G), **options, trace=True)
+        found = fast.update_(list(weights), list(G), **options, trace=True)
         assert fast.update_(list(exact), list(G), **options) is None
         expected = eager.update_(list(by_eager), list(G), **options, trace=True)
-        assert residuals is not None
-        assert residuals.shape == (2, 2, 2, 2)
-        assert_close(residuals, expected, rtol=1e-4, atol=2e-6)
+        assert found is not None
+        assert expected is not None
+        assert found.residuals.shape == (2, 2, 2, 2)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_close(ours, theirs, rtol=1e-4, atol=2e-6)
         wanted = (1 - 0.3 * weight_decay) * W.double() - 0.3 * reference.sr_sinkhorn(G, 2)
         assert_close(exact.double(), wanted, rtol=0, atol=4e-6)
         assert torch.equal(weights, exact.to(weight_dtype))
@@ -169,12 +173,14 @@ def test_views_are_neither_copied_nor_left(device: torch.device) -> None:
     views = [x[1:13, 3:23] if k % 2 else x[1:21, 3:15].mT for k, x in enumerate(memory)]
     views += [x[21:45:2, 26:46] if k % 2 else x[30:50, 26:50:2].mT for k, x in enumerate(memory)]
     before = storage.clone()
-    residuals = fast.update_(views, gradients, lr=-1.0, iterations=2, trace=True)
-    assert residuals is not None
+    found = fast.update_(views, gradients, lr=-1.0, iterations=2, trace=True)
+    assert found is not None
     for k, G in enumerate(gradients):
         assert_close(views[k].double(), reference.sr_sinkhorn(G, 2), rtol=1e-5, atol=0)
         expected = eager.scalings(G, 2, trace=True)[2]
-        assert_close(residuals[k], expected, rtol=5e-5, atol=2e-6)
+        assert expected is not None
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_close(ours[k], theirs, rtol=5e-5, atol=2e-6)
     for view in views:
         view.zero_()
     assert (memory == 0).all()
@@ -262,22 +268,22 @@ def test_subnormal_nan_and_infinite_gradients(device: torch.device) -> None:
 def test_zero_rows_columns_and_matrices_stay_zero(device: torch.device) -> None:
     G = torch.randn(3, 5, 7, device=device)
     G[0, [1, 3]], G[1, :, [0, 2]], G[2] = 0, 0, 0
-    r, c, residuals = fast.scalings(G, 3, trace=True)
+    r, c, found = fast.scalings(G, 3, trace=True)
     assert (r[0, [1, 3]] == 0).all()
     assert (c[1, [0, 2]] == 0).all()
-    assert residuals is not None
-    assert (residuals[2] == 0).all()
+    assert found is not None
+    assert (found.residuals[2] == 0).all()
     assert_close(_normalized(G).double(), reference.sr_sinkhorn(G), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (2, 0, 3), (0, 2, 3)])
 @pytest.mark.parametrize("iterations", [0, 2])
 def test_empty_gradients(shape: tuple[int, ...], iterations: int, device: torch.device) -> None:
-    r, c, residuals = fast.scalings(torch.zeros(shape, device=device), iterations, trace=True)
+    r, c, found = fast.scalings(torch.zeros(shape, device=device), iterations, trace=True)
     assert r.shape == shape[:-1]
     assert c.shape == (*shape[:-2], shape[-1])
-    assert residuals is not None
-    assert residuals.shape == (*shape[:-2], iterations, 2)
+    assert found is not None
+    assert found.residuals.shape == (*shape[:-2], iterations, 2)
     W = torch.zeros(shape, device=device)
     assert fast.update_([W], [W.clone()], lr=0.1, iterations=iterations) is None
 
@@ -375,8 +381,10 @@ def test_a_captured_graph_follows_gradients_rate_and_seed(gpu: torch.device) -> 
     W, G = torch.randn(6, 96, 160, device=gpu).bfloat16(), torch.randn(6, 96, 160, device=gpu)
     lr, seed = torch.tensor(0.1, device=gpu), torch.tensor(1, device=gpu)
 
-    def step(weights: Tensor) -> Tensor | None:
-        return fast.update_(list(weights), list(G), lr=lr, weight_decay=0.1, seed=seed, trace=True)
+    def step(weights: Tensor) -> Tensor:
+        found = fast.update_(list(weights), list(G), lr=lr, weight_decay=0.1, seed=seed, trace=True)
+        assert found is not None
+        return found.residuals
 
     step(W)
     graph = torch.cuda.CUDAGraph()

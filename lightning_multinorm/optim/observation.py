@@ -1,0 +1,192 @@
+"""What observers are told of a parameter's update: how its norms converged, what gradient and update are like.
+
+Everything is made of vectors that the update has anyway, and of the weight's norm, which costs one read of it; nothing
+leaves the device. Statistics are sums over the matrices of a parameter, so that ranks can add up theirs.
+
+Legend: G gradient (m, n), W weight, X normalised gradient; ξ = 1 / tail index.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_multinorm.layouts import reduce_
+from lightning_multinorm.sinkhorn.sharded import Job
+
+STATISTICS = ("gradient_norm", "tail_index", "dead_rows", "dead_columns", "update_rms", "update_to_weight")
+"""gradient_norm: ‖G‖_F. tail_index: Hill's estimate of the exponent with which the largest tenth of the row norms of G
+falls off, at most 1000; small is heavy-tailed, 2 has no variance. dead_rows, dead_columns: how many of G are zero.
+update_rms: of the change of W. update_to_weight: ‖change of W‖_F / ‖W‖_F, 0 for a weight that is zero."""
+
+_TAIL = 0.1  # of the rows
+_NO_TAIL = 1e-3  # the smallest ξ told
+_SUMS = 7  # ‖G‖_F², ξ, dead rows, dead columns, mean square of X, ‖W‖_F², entries
+
+
+class Observation(NamedTuple):
+    """Of one parameter in one step; on its device.
+
+    Attributes:
+        norms: names of the norms, in order.
+        residuals: (L, len(norms)) after each iteration, ‖X − P(X)‖_F / √(mn); root mean square of several matrices.
+        statistics: (len(STATISTICS),), in the order of `STATISTICS`.
+    """
+
+    norms: tuple[str, ...]
+    residuals: Tensor
+    statistics: Tensor
+
+
+Observer = Callable[[Tensor, Observation], None]
+"""Called with a parameter and what was observed of its update."""
+
+
+class Measured(NamedTuple):
+    """Of the matrices of p parameters that were updated together.
+
+    Attributes:
+        norms: names of the norms, in order.
+        residuals: (p, ..., L, len(norms)); of sharded ones (p, L, len(norms)), equal on all ranks.
+        rows: (p, ..., m), 1 / RMS of every row of G, 0 for a zero row; of sharded ones as in `sharded.update_`.
+        columns: (p, ..., n), 0 for a zero column of G; of sharded ones likewise.
+        mean_square: (p, ...) of X, or of each job; None if it is the share of columns that are not zero.
+    """
+
+    norms: tuple[str, ...]
+    residuals: Tensor
+    rows: Tensor
+    columns: Tensor
+    mean_square: Tensor | None = None
+
+
+def inverse_rms(squares: Tensor) -> Tensor:
+    """Mean squares of rows to what `Measured.rows` holds."""
+    return torch.where(squares == 0, 0, squares.rsqrt())
+
+
+def weight_squares(weights: Sequence[Tensor]) -> Tensor:
+    """‖W‖_F² (p, ...) of matrices (..., m, n); to be taken before the update."""
+    return torch.stack([_squares(W) for W in weights])
+
+
+def observe_whole(measured: Measured, weights: Tensor, lr: float | Tensor) -> list[Observation]:
+    """Of each parameter, from its matrices and their `weight_squares`."""
+    (m, n), count = (measured.rows.shape[-1], measured.columns.shape[-1]), math.prod(weights.shape[1:])
+    sums = _sums(measured.rows, (measured.columns == 0).sum(-1), (m, n), measured.mean_square, weights, 1 / count)
+    residuals = measured.residuals
+    if weights.ndim > 1:
+        residuals, sums = residuals.flatten(1, -3).square().mean(1).sqrt(), sums.flatten(1, -2).sum(1)
+    statistics = _statistics(sums, lr)
+    return [Observation(measured.norms, *found) for found in zip(residuals.unbind(), statistics.unbind(), strict=True)]
+
+
+def sharded_weight_squares(jobs: Sequence[Job], like: Tensor) -> Tensor:
+    """‖W‖_F² (jobs,) of whole matrices; a collective call, before the update."""
+    zero = like.new_zeros((), dtype=_working(like))
+    squares = torch.stack([sum((_squares(piece.weight) for piece in job.matrix.pieces), start=zero) for job in jobs])
+    groups = [tuple(dict.fromkeys((*job.matrix.column_groups, *job.matrix.row_groups))) for job in jobs]
+    reduce_((squares,), [(slice(k, k + 1), found) for k, found in enumerate(groups)])
+    return squares
+
+
+def observe_sharded(measured: Measured, jobs: Sequence[Job], weights: Tensor) -> list[Observation]:
+    """Of each parameter, from all jobs, in their order; a collective call."""
+    rows, dead_columns = _whole_rows(measured.rows, jobs), _dead_columns(measured.columns, jobs)
+    sums = weights.new_zeros(len(measured.residuals), _SUMS, dtype=_wide(weights))
+    for k, (job, row) in enumerate(zip(jobs, rows, strict=True)):
+        if job.matrix.share:  # else it stands for a shard that holds no matrix at all
+            mean_square = None if measured.mean_square is None else measured.mean_square[k]
+            sums[job.parameter] += _sums(
+                row, dead_columns[k], job.matrix.shape, mean_square, weights[k], job.matrix.share
+            )
+    groups = {job.parameter: job.matrix.batch_groups for job in jobs}
+    reduce_((sums.view(-1),), [(slice(p * _SUMS, (p + 1) * _SUMS), found) for p, found in groups.items()])
+    rates = {job.parameter: job.lr for job in jobs}
+    statistics = [_statistics(sums[p], rates[p]) for p in range(len(sums))]
+    return [Observation(measured.norms, *found) for found in zip(measured.residuals.unbind(), statistics, strict=True)]
+
+
+def _sums(
+    rows: Tensor,
+    dead_columns: Tensor,
+    shape: tuple[int, int],
+    mean_square: Tensor | None,
+    weight_squares: Tensor,
+    share: float,
+) -> Tensor:
+    """What adds up over the matrices of a parameter, each of them a share of it: (..., 7)."""
+    m, n = shape
+    rms = torch.where(rows == 0, 0, rows.to(_wide(rows)).reciprocal())
+    dead_rows, dead_columns = (rows == 0).sum(-1).to(rms.dtype), dead_columns.to(rms.dtype)
+    mean = 1 - dead_columns / max(1, n) if mean_square is None else mean_square.to(rms.dtype)
+    return torch.stack(
+        [
+            rms.square().sum(-1) * n,
+            _inverse_tail_index(rms) * share,
+            dead_rows,
+            dead_columns,
+            mean * share,
+            weight_squares.to(rms.dtype),
+            torch.full_like(mean, m * n),
+        ],
+        -1,
+    )
+
+
+def _inverse_tail_index(rms: Tensor) -> Tensor:
+    """Hill's estimator of ξ: mean of log(x_i / x_{k+1}) over the k largest of (..., m)."""
+    m = rms.shape[-1]
+    if m < 2:
+        return rms.sum(-1) * 0
+    k = min(math.ceil(_TAIL * m), m - 1)
+    largest = rms.topk(k + 1).values
+    return (largest[..., :k] / largest[..., -1:]).log().nan_to_num(0, torch.inf).mean(-1)
+
+
+def _statistics(sums: Tensor, lr: float | Tensor) -> Tensor:
+    """(..., 7) to (..., len(STATISTICS)), in float32."""
+    gradient, tail, dead_rows, dead_columns, mean_square, weight, entries = sums.unbind(-1)
+    rms = mean_square.sqrt() * lr
+    ratio = torch.where(weight == 0, 0, rms * entries.sqrt() / weight.sqrt())
+    index = tail.clamp(min=_NO_TAIL).reciprocal()
+    return torch.stack([gradient.sqrt(), index, dead_rows, dead_columns, rms, ratio], -1).float()
+
+
+def _whole_rows(rows: Tensor, jobs: Sequence[Job]) -> list[Tensor]:
+    """(m,) of every job's matrix, from the frames of all ranks."""
+    frames = rows.split([job.matrix.frame[0] for job in jobs])
+    lengths = [job.matrix.shape[0] for job in jobs]
+    joined = rows.new_zeros(sum(lengths))
+    whole = joined.split(lengths)
+    for place, frame, job in zip(whole, frames, jobs, strict=True):
+        place[job.matrix.rows.to(rows.device)] = frame
+    starts = [sum(lengths[:k]) for k in range(len(lengths))]
+    groups = [() if job.matrix.flat else job.matrix.column_groups for job in jobs]
+    reduce_((joined,), [(slice(i, i + m), g) for i, m, g in zip(starts, lengths, groups, strict=True)])
+    return list(whole)
+
+
+def _dead_columns(columns: Tensor, jobs: Sequence[Job]) -> Tensor:
+    """(jobs,): over the frames of all ranks."""
+    frames = columns.split([job.matrix.frame[1] for job in jobs])
+    dead = torch.stack([(frame == 0).sum() for frame in frames])
+    groups = [() if job.matrix.flat else job.matrix.row_groups for job in jobs]
+    reduce_((dead,), [(slice(k, k + 1), g) for k, g in enumerate(groups)])
+    return dead
+
+
+def _squares(W: Tensor) -> Tensor:
+    """By rows, in the working precision: quick, and nothing of W's size is allocated."""
+    return torch.linalg.vector_norm(W, dim=-1, dtype=_working(W)).square().sum(-1)
+
+
+def _working(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Squares of 1e±25 need float64, which not every accelerator has."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
