@@ -180,7 +180,7 @@ class NormConvergence(Callback):
 
     def _draw(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            if isinstance(logger, TensorBoardLogger):
                 lay_out(logger, self._telemetry)
                 draw_maps(logger, self._telemetry, trainer.global_step - 1)
 
