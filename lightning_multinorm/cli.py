@@ -1,5 +1,7 @@
 """The command line: fit, validate, test and predict a LLaMA on text, plan it and prepare its data; configured in YAML.
 
+Commands that need neither a trainer nor a model have options of their own instead: report.
+
 ``python -m lightning_multinorm fit --config llama60m.yaml --config optimizer/adamw.yaml --trainer.max_steps 100``
 """
 
@@ -8,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -42,7 +44,11 @@ from lightning_multinorm.data.prepared.command import Preparer
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.llama import LlamaPretraining
 from lightning_multinorm.planning.command import Planner
+from lightning_multinorm.report.command import report
 from lightning_multinorm.resuming import last_checkpoint
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"report": report}
+"""Commands with options of their own, given the arguments after their name; the first docstring line is their help."""
 
 
 class PlanningTrainer(Trainer):
@@ -65,6 +71,7 @@ class MultiNormCLI(LightningCLI):
             args=None if args is None else list(args),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # LlamaPretraining keeps its configuration in the checkpoint itself
+            parser_kwargs={"epilog": _commands_help()},
         )
 
     @staticmethod
@@ -146,6 +153,12 @@ class MultiNormCLI(LightningCLI):
         return super().instantiate_trainer(logger=logger, callbacks=callbacks, enable_progress_bar=True, **kwargs)
 
 
+def _commands_help() -> str:
+    """The end of the page of help: the commands of which Lightning's parser knows nothing."""
+    lines = [f"{name}: {str(command.__doc__).splitlines()[0]}" for name, command in COMMANDS.items()]
+    return f"Commands with options of their own, told by --help after their name: {' '.join(lines)}"
+
+
 def _check_devices(trainer: Namespace) -> None:
     """What Lightning would refuse without a word of what to do.
 
@@ -203,10 +216,13 @@ def main(args: Sequence[str] | None = None) -> None:
         args: arguments; default: those of the process.
     """
     _quieten()
+    given = sys.argv[1:] if args is None else list(args)
     try:
+        if given and given[0] in COMMANDS:
+            return COMMANDS[given[0]](given[1:])
         if args is None:
-            sys.argv[1:] = resolve_configs(sys.argv[1:])  # where Lightning and the processes that it starts look
-        MultiNormCLI(None if args is None else resolve_configs(args))
+            sys.argv[1:] = resolve_configs(given)  # where Lightning and the processes that it starts look
+        MultiNormCLI(None if args is None else resolve_configs(given))
     except (UsageError, MisconfigurationException) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_multinorm.cli import COMMANDS, main
+
 LLAMA = """
 trainer: {accelerator: cpu, max_steps: 4, val_check_interval: 2, num_sanity_val_steps: 0, log_every_n_steps: 1}
 model:
@@ -122,3 +124,19 @@ def test_print_config_shows_the_merged_configuration(folder: Path) -> None:
 def test_an_error_of_usage_is_one_line_and_no_stack_trace(args: tuple[str, ...], message: str, folder: Path) -> None:
     done = fit(folder, *args, status=2)
     assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_with_options_of_its_own_helps_and_refuses(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["lightning_multinorm"])
+    for args, status in (([name, "--help"], 0), ([name, "--nonsense=1"], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as stopped:
+            main(args)
+        assert stopped.value.code == status
+        captured = capsys.readouterr()
+        if status == 2:
+            assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+        else:
+            assert " ".join(str(COMMANDS[name].__doc__).splitlines()[0].split()) in " ".join(captured.out.split())
