@@ -102,6 +102,7 @@ class MultiNormCLI(LightningCLI):
         parser.add_argument(
             "--run.background_checkpoints", type=bool, default=False, help="Write checkpoints beside the training."
         )
+        parser.add_argument("--run.report", type=bool, default=True, help="Write report.html when the run has ended.")
         parser.add_lightning_class_args(TerminationCheckpoint, "checkpoint")
         parser.set_defaults(
             {"checkpoint.monitor": "val/loss", "checkpoint.filename": "best-{step}", "checkpoint.save_last": True}
@@ -136,7 +137,7 @@ class MultiNormCLI(LightningCLI):
         logger = config.trainer.logger
         if logger in (None, True):
             logger = _loggers(config.run.root, config.run.name) if self.subcommand == "fit" else False
-        callbacks = [*(config.trainer.callbacks or []), RandomState(), RunSummary()]
+        callbacks = [*(config.trainer.callbacks or []), RandomState(), RunSummary(config.run.report)]
         if logger:
             callbacks.append(LearningRateMonitor("step"))
         batches, interval = config.trainer.max_steps * config.trainer.accumulate_grad_batches, _interval(config.trainer)

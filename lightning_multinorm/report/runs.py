@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,11 +181,11 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """As many of a path's last parts as tell the runs apart; "version_0" alone says nothing."""
-    parts = [folder.parts for folder in folders]
-    for count in range(1, max(len(path) for path in parts) + 1):
-        names = ["/".join(path[-count:]) for path in parts]
-        nameless = any(re.fullmatch(r"version_\d+", name) for name in names)
-        if len(set(names)) == len(names) and not nameless:
-            break
-    return names
+    """As many of the last parts of their paths as tell the runs apart, without the version where that is enough."""
+    of_versions = [folder.parent if _version(folder) >= 0 else folder for folder in folders]
+    for paths in (of_versions, folders):
+        if len(set(paths)) == len(paths):
+            counts = range(1, max(len(path.parts) for path in paths) + 1)
+            named = (["/".join(path.parts[-count:]) for path in paths] for count in counts)
+            return next(names for names in named if len(set(names)) == len(names))
+    raise AssertionError("runs are named once each")

@@ -14,9 +14,9 @@ from parts import LENGTH, Recorder, loader, tiny_llama, trainer
 from torch.utils.data import DataLoader
 
 from lightning_multinorm.callbacks import DocumentPerplexity, RunSummary, Throughput, TrainingProgress
-from lightning_multinorm.callbacks.progress import duration, quantity
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.llama.loss import IGNORE
+from lightning_multinorm.quantities import duration, quantity
 
 TOKENS = 4 * LENGTH  # in a batch of `loader()`
 
