@@ -20,6 +20,7 @@ _DECADES = {
     "condition": {"test": "abs(log(datum.value) / LN10 - round(log(datum.value) / LN10)) < 1e-6", "value": 0.14},
     "value": 0.04,
 }
+_POWER = "datum.label == '' ? '' : format(datum.value, datum.value < 0.01 || datum.value >= 1e5 ? '~e' : '~g')"
 _COUNT = "replace(format(datum.value, '~s'), 'G', 'B')"  # a billion tokens is B
 
 CONFIG: Spec = {
@@ -53,6 +54,7 @@ CONFIG: Spec = {
         "labelFontSize": 11,
         "labelLimit": 260,
         "symbolStrokeWidth": 2,
+        "symbolOpacity": 1,
         "gradientLength": 140,
         "gradientThickness": 8,
     },
@@ -107,7 +109,7 @@ def over_training(
         rows: (tokens, time, step, value, label, mark), the label of the colour's field; the mark is "line" or "point".
         axis: title of y.
         colour: encoding of the label.
-        log: y is drawn in powers of ten, always; else only if the reader wishes it.
+        log: y is drawn in powers of ten; else it is if the reader wishes so, and all values are above zero.
         smooth: marks "line" are drawn as they are, faintly, and as a moving mean.
     """
     label = colour["field"]
@@ -119,11 +121,13 @@ def over_training(
         "axis": {"tickCount": 6},
     }
     if log:
-        y |= {"scale": {"type": "log"}, "axis": {"format": "~e", "tickCount": 5, "gridOpacity": _DECADES}}
+        axis_of_powers = {"labelExpr": _POWER, "tickCount": 5, "gridOpacity": _DECADES}
+        y |= {"scale": {"type": "log", "nice": False, "padding": 8}, "axis": axis_of_powers}
     line: Spec = {"type": "line", "strokeWidth": 1.8, "strokeJoin": "round", "clip": True}
     marks = {row[5] for row in rows}
     lengths = Counter(row[4] for row in rows if row[5] == "line")
     longest = max(lengths.values(), default=0)
+    positive = all(float(row[3] or 0) > 0 for row in rows)
     layers: list[Spec] = []
     if "line" not in marks:
         pass
@@ -145,7 +149,7 @@ def over_training(
         "height": 300 if label == "run" else 220,
         "encoding": {"x": canvas.axes()[canvas.axis], "y": y, "color": colour},
         "layer": layers,
-        "usermeta": {"log": log, "points": longest},
+        "usermeta": {"may_be_log": not log and positive, "points": longest},
     }
 
 
@@ -185,12 +189,13 @@ def heat_map(rows: Sequence[Row], across: str, down: str, title: str, *, log: bo
     height = max(110, min(26 * len({row[1] for row in rows}), 480))
     scale: Spec = {"scheme": "viridis", "nice": False} | ({"type": "log"} if log else {})
     legend = {"title": title, "format": ".1~e" if log else ".3~g", "tickCount": 3}
+    names = {"labelAngle": 0, "ticks": False, "labelExpr": "replace(datum.label, '_proj', '')"}  # room on a phone
     return {
         **_data(("across", "down", "value"), shown),
         "height": height,
         "mark": {"type": "rect", "stroke": None},
         "encoding": {
-            "x": {"field": "across", "type": "ordinal", "title": across, "axis": {"labelAngle": 0, "ticks": False}},
+            "x": {"field": "across", "type": "ordinal", "title": across, "axis": names},
             "y": {"field": "down", "type": "ordinal", "title": down, "sort": "ascending"},
             "color": {"field": "value", "type": "quantitative", "scale": scale, "legend": legend},
             "tooltip": [

@@ -20,7 +20,7 @@ function adapted(figure, hidden) {
   everywhere(spec, (part) => {
     const { x, y, color } = part.encoding ?? {};
     if (x?.field in report.axes) part.encoding.x = report.axes[controls.axis.value];
-    if (spec.usermeta?.log === false && y && controls.log.checked) y.scale = { ...y.scale, type: "log" };
+    if (spec.usermeta?.may_be_log && y && controls.log.checked) y.scale = { type: "log", nice: false, padding: 8 };
     if (color?.field === "run") color.legend = null; // the toggles are one
     for (const step of part.transform ?? []) {
       if (!step.window) continue;

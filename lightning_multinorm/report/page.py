@@ -199,7 +199,7 @@ def _differences(runs: Sequence[Run]) -> str:
     head = "".join(f'<th scope="col">{escape(run.name)}</th>' for run in runs)
     body = "".join(
         f'<tr><th scope="row">{escape(key)}</th>'
-        + "".join(f"<td>{'–' if value is None else escape(str(value))}</td>" for value in values)
+        + "".join(f"<td>{'–' if value is None else escape(_plain(value))}</td>" for value in values)
         + "</tr>"
         for key, values in found
     )
@@ -207,3 +207,8 @@ def _differences(runs: Sequence[Run]) -> str:
         f'{heading}<div class="scroll"><table class="keys"><thead><tr><th></th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div></section>"
     )
+
+
+def _plain(value: object) -> str:
+    """As YAML writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
