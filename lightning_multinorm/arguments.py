@@ -44,6 +44,8 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
         names = [name for name in dir(importlib.import_module(missing[1])) if not name.startswith("_")]
         return f"{key}={missing[1]}.{missing[2]} is not there{_hint(missing[2], names)}"
     if required := re.search(r"arguments are required: ([\w, ]+)", text):
+        if not key:
+            return f"{required[1]} must be given; --help tells more"
         return f"{key}.init_args has no {required[1]}, which {_class_path(text)} needs"
     value = re.search(r"(?:Given value|Got value): (.+?)(?:\. Got value: |$)", text)
     if key and value and (wanted := _expected(text)):

@@ -1,5 +1,7 @@
 """The command line: fit, validate, test and predict a LLaMA on text, plan it and prepare its data; configured in YAML.
 
+Commands that need neither a trainer nor a model have options of their own instead: report.
+
 ``python -m lightning_multinorm fit --config llama60m.yaml --config optimizer/adamw.yaml --trainer.max_steps 100``
 """
 
@@ -8,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -42,7 +44,11 @@ from lightning_multinorm.data.prepared.command import Preparer
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.llama import LlamaPretraining
 from lightning_multinorm.planning.command import Planner
+from lightning_multinorm.report.command import report
 from lightning_multinorm.resuming import last_checkpoint
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"report": report}
+"""Commands with options of their own, given the arguments after their name; the first docstring line is their help."""
 
 
 class PlanningTrainer(Trainer):
@@ -65,6 +71,7 @@ class MultiNormCLI(LightningCLI):
             args=None if args is None else list(args),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # LlamaPretraining keeps its configuration in the checkpoint itself
+            parser_kwargs={"epilog": _commands_help()},
         )
 
     @staticmethod
@@ -95,6 +102,7 @@ class MultiNormCLI(LightningCLI):
         parser.add_argument(
             "--run.background_checkpoints", type=bool, default=False, help="Write checkpoints beside the training."
         )
+        parser.add_argument("--run.report", type=bool, default=True, help="Write report.html when the run has ended.")
         parser.add_lightning_class_args(TerminationCheckpoint, "checkpoint")
         parser.set_defaults(
             {"checkpoint.monitor": "val/loss", "checkpoint.filename": "best-{step}", "checkpoint.save_last": True}
@@ -129,7 +137,7 @@ class MultiNormCLI(LightningCLI):
         logger = config.trainer.logger
         if logger in (None, True):
             logger = _loggers(config.run.root, config.run.name) if self.subcommand == "fit" else False
-        callbacks = [*(config.trainer.callbacks or []), RandomState(), RunSummary()]
+        callbacks = [*(config.trainer.callbacks or []), RandomState(), RunSummary(config.run.report)]
         if logger:
             callbacks.append(LearningRateMonitor("step"))
         batches, interval = config.trainer.max_steps * config.trainer.accumulate_grad_batches, _interval(config.trainer)
@@ -144,6 +152,12 @@ class MultiNormCLI(LightningCLI):
             *(plugins if isinstance(plugins, list) else [plugins]),
         ]
         return super().instantiate_trainer(logger=logger, callbacks=callbacks, enable_progress_bar=True, **kwargs)
+
+
+def _commands_help() -> str:
+    """The end of the page of help: the commands of which Lightning's parser knows nothing."""
+    lines = [f"{name}: {str(command.__doc__).splitlines()[0]}" for name, command in COMMANDS.items()]
+    return f"Commands with options of their own, told by --help after their name: {' '.join(lines)}"
 
 
 def _check_devices(trainer: Namespace) -> None:
@@ -203,10 +217,13 @@ def main(args: Sequence[str] | None = None) -> None:
         args: arguments; default: those of the process.
     """
     _quieten()
+    given = sys.argv[1:] if args is None else list(args)
     try:
+        if given and given[0] in COMMANDS:
+            return COMMANDS[given[0]](given[1:])
         if args is None:
-            sys.argv[1:] = resolve_configs(sys.argv[1:])  # where Lightning and the processes that it starts look
-        MultiNormCLI(None if args is None else resolve_configs(args))
+            sys.argv[1:] = resolve_configs(given)  # where Lightning and the processes that it starts look
+        MultiNormCLI(None if args is None else resolve_configs(given))
     except (UsageError, MisconfigurationException) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

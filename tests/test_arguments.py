@@ -36,6 +36,7 @@ MESSAGES = {
     'Parser key "model.optimizer":\n - Expected a path but Nope invalid\n - Expected a dot import path string: Nope': (
         "model.optimizer=Nope is no class; give its import path, as package.Class"
     ),
+    "the following arguments are required: runs": "runs must be given; --help tells more",
     "ambiguous option:\n--a could match --ab, --ac": "ambiguous option: --a could match --ab, --ac",
 }
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_multinorm.cli import COMMANDS, main
+
 LLAMA = """
 trainer: {accelerator: cpu, max_steps: 4, val_check_interval: 2, num_sanity_val_steps: 0, log_every_n_steps: 1}
 model:
@@ -17,6 +19,7 @@ model:
   config: {vocab_size: 300, hidden_size: 32, intermediate_size: 88, num_hidden_layers: 2, num_attention_heads: 4}
 data: {source: texts, vocab_size: 300, sequence_length: 16, batch_size: 4, validation_fraction: 0.3}
 norm_convergence: {every_n_steps: 2}
+run: {report: false}
 """
 CONVERGENCE = "norm_convergence/model.model.layers.1.mlp.down_proj.weight/row"
 
@@ -61,14 +64,15 @@ def column(folder: Path, name: str, version: int = 0) -> dict[int, float]:
 
 def test_a_run_from_beginning_to_end(folder: Path) -> None:
     """fit, resume with another rate, validate and predict; every file is where the output says."""
-    output = fit(folder).stdout
+    output = fit(folder, "--run.report", "true").stdout
     run = folder / "runs" / "llama" / "version_0"
     assert {"config.yaml", "metrics.csv", "checkpoints"} <= {path.name for path in run.iterdir()}
     assert list(run.glob("events.out.tfevents.*"))
     last = run / "checkpoints" / "last.ckpt"
-    reached, weights, logs = output.strip().splitlines()[-3:]
+    reached, weights, logs, report = output.strip().splitlines()[-4:]
     assert reached.startswith("Reached") and "val/bits_per_byte" in reached
     assert (folder / weights.split()[1]).is_file() and (folder / logs.split()[1]).is_dir()
+    assert report.split() == ["Report", "runs/llama/version_0/report.html"] and (run / "report.html").is_file()
     assert set(column(folder, CONVERGENCE)) == {0, 2} and all(v < 1 for v in column(folder, CONVERGENCE).values())
     assert column(folder, "tokens")[3] == 4 * 4 * 16
     assert column(folder, "skipped_steps") == dict.fromkeys(range(4), 0)
@@ -122,3 +126,19 @@ def test_print_config_shows_the_merged_configuration(folder: Path) -> None:
 def test_an_error_of_usage_is_one_line_and_no_stack_trace(args: tuple[str, ...], message: str, folder: Path) -> None:
     done = fit(folder, *args, status=2)
     assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_with_options_of_its_own_helps_and_refuses(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["lightning_multinorm"])
+    for args, status in (([name, "--help"], 0), ([name, "--nonsense=1"], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as stopped:
+            main(args)
+        assert stopped.value.code == status
+        captured = capsys.readouterr()
+        if status == 2:
+            assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+        else:
+            assert " ".join(str(COMMANDS[name].__doc__).splitlines()[0].split()) in " ".join(captured.out.split())

@@ -53,9 +53,12 @@ def test_first_command_ends_in_something_worth_looking_at(quickstart: Path) -> N
     assert column("val/bits_per_byte")[-1] <= 1.8
     assert column("val/loss") == sorted(column("val/loss"), reverse=True)
     assert column("train/loss")[0] > 6 > 4.5 > sum(column("train/loss")[-5:]) / 5
-    assert sum(name.startswith("norm_convergence/") for name in rows[0]) == 2 * 7 * 4
+    assert sum(name.startswith("norm_convergence/") for name in rows[0]) == 2 * 7 * 4 * (
+        1 + 5
+    )  # and after each iteration
     assert all(math.isfinite(value) for name in rows[0] if "norm_convergence" in name for value in column(name))
     assert (version / "checkpoints" / "last.ckpt").is_file()
+    assert "Residual of the row norm by iteration" in (version / "report.html").read_text()
 
 
 @pytest.mark.slow

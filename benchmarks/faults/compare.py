@@ -69,6 +69,10 @@ def _rows(found: Any) -> Counter[tuple[int, ...]]:
     return Counter(tuple(row) for line in found for row in line["rows"])
 
 
+MEASURED = ("throughput/", "memory/", "seconds", "parameters")
+"""Metrics of the machine's time and memory, and of a version's beginning, which differ between equal trainings."""
+
+
 def _metrics(folder: Path) -> dict[tuple[int, str], str]:
     """Logged values by step and name, later versions of the run over earlier ones."""
     values: dict[tuple[int, str], str] = {}
@@ -78,7 +82,7 @@ def _metrics(folder: Path) -> dict[tuple[int, str], str]:
             for row in csv.DictReader(file):
                 step = int(row["step"])
                 values |= {(step, name): value for name, value in row.items() if value and name != "step"}
-    return {key: value for key, value in values.items() if not key[1].startswith("throughput/")}
+    return {key: value for key, value in values.items() if not key[1].startswith(MEASURED)}
 
 
 def _differing(expected: dict[tuple[int, str], str], found: dict[tuple[int, str], str]) -> int:

@@ -57,7 +57,7 @@ def arguments(cell: Cell, folder: Path, steps: int) -> list[str]:
         **{f"model.config.{name}": value for name, value in size.items()},
         **{f"trainer.{name}": value for name, value in trainer.items()},
         **{f"checkpoint.{name}": value for name, value in checkpoint.items()},
-        "model.size": "null", "data.source": cell.source, "run.root": folder, "run.name": "run",
+        "model.size": "null", "data.source": cell.source, "run.root": folder, "run.name": "run", "run.report": "false",
     }  # fmt: skip
     written = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     record = ["--trainer.callbacks+=benchmarks.faults.record.Record", "--trainer.callbacks.folder", str(folder)]

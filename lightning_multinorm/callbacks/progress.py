@@ -10,6 +10,7 @@ from rich.console import Console
 from typing_extensions import override
 
 from lightning_multinorm.callbacks.throughput import Throughput, callbacks
+from lightning_multinorm.quantities import duration, quantity
 
 
 class TrainingProgress(RichProgressBar):
@@ -78,20 +79,3 @@ def _metrics(trainer: Trainer) -> dict[str, str]:
         values["tokens"] = quantity(throughput.tokens)
         values["tokens/s"] = quantity(throughput.tokens_per_second)
     return values
-
-
-def quantity(number: float) -> str:
-    """A number in three digits or so: 1.23 M."""
-    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}"
-    return f"{number:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """A time in words: 2 h 05 min, or 1 min 07 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,9 @@ from parts import LENGTH, Recorder, loader, tiny_llama, trainer
 from torch.utils.data import DataLoader
 
 from lightning_multinorm.callbacks import DocumentPerplexity, RunSummary, Throughput, TrainingProgress
-from lightning_multinorm.callbacks.progress import duration, quantity
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.llama.loss import IGNORE
+from lightning_multinorm.quantities import duration, quantity
 
 TOKENS = 4 * LENGTH  # in a batch of `loader()`
 
@@ -26,24 +27,44 @@ def test_tokens_are_counted_and_survive_a_checkpoint(tmp_path: Path) -> None:
     run.fit(tiny_llama(), loader())
     assert recorder.values("tokens") == {0: 2 * TOKENS, 1: 4 * TOKENS, 2: 6 * TOKENS}
     assert all(rate > 0 for rate in recorder.values("throughput/tokens_per_second").values())
-    again = Throughput()
+    seconds = list(recorder.values("seconds").values())
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+    again, recorder = Throughput(), Recorder()
     again.load_state_dict(throughput.state_dict())
     assert again.tokens == 6 * TOKENS
+    trainer(tmp_path, 1, logger=recorder, callbacks=[again]).fit(tiny_llama(), loader())
+    assert recorder.values("seconds")[0] > seconds[2]
+
+
+def test_memory_and_parameters_are_counted(tmp_path: Path) -> None:
+    recorder, model = Recorder(), tiny_llama(optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3))
+    run = trainer(tmp_path, 3, logger=recorder, callbacks=[Throughput()], accumulate_grad_batches=2)
+    run.fit(model, loader())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert recorder.values("parameters") == {0: parameters}
+    counters = len(list(model.parameters()))  # AdamW's step, a float32 each
+    mib = (2 * parameters + counters) * 4 / 2**20
+    assert recorder.values("memory/optimizer_state_mib") == dict.fromkeys(range(3), pytest.approx(mib))
+    resident = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+    assert recorder.values("memory/peak_mib")[2] == pytest.approx(resident / 1024, rel=0.05)
 
 
 def test_rate_is_of_the_last_batches_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 10.0, 14.0, 20.0, 24.0])
     monkeypatch.setattr("lightning_multinorm.callbacks.throughput.time.perf_counter", lambda: next(clock))
-    throughput, rates = Throughput(window=2), []
+    throughput, logged = Throughput(window=2), list[Any]()
     strategy = SimpleNamespace(reduce=lambda count, reduce_op: 2 * count)
     shares = {"num_replicas": 2, "rank": 0}
-    trainer_ = SimpleNamespace(distributed_sampler_kwargs=shares, strategy=strategy, world_size=2, callbacks=[])
-    module = SimpleNamespace(log_dict=lambda values, on_epoch: rates.append(values["throughput/tokens_per_second"]))
+    parts = {"strategy": strategy, "callbacks": [], "optimizers": []}
+    trainer_ = SimpleNamespace(distributed_sampler_kwargs=shares, world_size=2, global_step=0, **parts)
+    log = SimpleNamespace(device=torch.device("cpu"), log_dict=lambda values, on_epoch: logged.append(values))
     batch = {"labels": torch.zeros(4, LENGTH)}
     for index in range(3):
-        throughput.on_train_batch_start(trainer_, module, batch, index)  # type: ignore[arg-type]
-        throughput.on_train_batch_end(trainer_, module, None, batch, index)  # type: ignore[arg-type]
+        throughput.on_train_batch_start(trainer_, log, batch, index)  # type: ignore[arg-type]
+        throughput.on_train_batch_end(trainer_, log, None, batch, index)  # type: ignore[arg-type]
+    rates = [values["throughput/tokens_per_second"] for values in logged]
     assert rates == [2 * TOKENS / 1, 4 * TOKENS / 5, 4 * TOKENS / 8]
+    assert [values["seconds"].item() for values in logged] == [1, 5, 9]
 
 
 def test_filling_is_no_token(tmp_path: Path) -> None:
