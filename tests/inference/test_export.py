@@ -59,6 +59,14 @@ def test_the_exported_model_is_the_trained_one(name: str, runs: Path, tmp_path: 
     assert {file.stat().st_mode for file in (tmp_path / "out").iterdir()} == {0o100644}
 
 
+@pytest.mark.parametrize("name", ["llama", "spread"])
+def test_the_loaded_model_is_the_trained_one(name: str, runs: Path) -> None:
+    model = load_trained(str(runs / name)).model
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=torch.arange(40)[None]).logits, trained_logits(checkpoint(runs, name)))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (name == "spread")
+
+
 def test_the_tokenizer_makes_the_same_ids(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # trained once more
     data = TextDataModule(source=str(runs.parent / "texts"), vocab_size=300, validation_fraction=0.3)
