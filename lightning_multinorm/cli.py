@@ -1,6 +1,6 @@
 """The command line: fit, validate, test and predict a LLaMA on text, plan it and prepare its data; configured in YAML.
 
-Commands that need neither a trainer nor a model have options of their own instead: report.
+Commands that need neither a trainer nor a model have options of their own instead: generate, export and report.
 
 ``python -m lightning_multinorm fit --config llama60m.yaml --config optimizer/adamw.yaml --trainer.max_steps 100``
 """
@@ -33,6 +33,7 @@ from lightning_multinorm.callbacks import (
     NormConvergence,
     RandomState,
     RunSummary,
+    RunTokenizer,
     TerminationCheckpoint,
     Throughput,
     TrainingProgress,
@@ -42,12 +43,17 @@ from lightning_multinorm.configurations import resolve_configs
 from lightning_multinorm.data import TextDataModule
 from lightning_multinorm.data.prepared.command import Preparer
 from lightning_multinorm.errors import UsageError
+from lightning_multinorm.inference import export, generation
 from lightning_multinorm.llama import LlamaPretraining
 from lightning_multinorm.planning.command import Planner
 from lightning_multinorm.report.command import report
 from lightning_multinorm.resuming import last_checkpoint
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"report": report}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "generate": generation.main,
+    "export": export.main,
+    "report": report,
+}
 """Commands with options of their own, given the arguments after their name; the first docstring line is their help."""
 
 
@@ -137,7 +143,8 @@ class MultiNormCLI(LightningCLI):
         logger = config.trainer.logger
         if logger in (None, True):
             logger = _loggers(config.run.root, config.run.name) if self.subcommand == "fit" else False
-        callbacks = [*(config.trainer.callbacks or []), RandomState(), RunSummary(config.run.report)]
+        own = [RandomState(), RunTokenizer(), RunSummary(config.run.report)]
+        callbacks = [*(config.trainer.callbacks or []), *own]
         if logger:
             callbacks.append(LearningRateMonitor("step"))
         batches, interval = config.trainer.max_steps * config.trainer.accumulate_grad_batches, _interval(config.trainer)

@@ -86,11 +86,16 @@ FLOORS = {
     "report.command": 12,
     "llama": 13,
     "callbacks": 13,
+    "inference.trained": 14,
+    "inference.card": 15,
+    "inference.generation": 15,
+    "inference.export": 16,
+    "inference": 13,
     "planning": 14,
     "resuming": 14,
-    "cli": 15,
-    "__init__": 16,
-    "__main__": 16,
+    "cli": 17,
+    "__init__": 18,
+    "__main__": 18,
 }
 HEAVY = ("lightning", "transformers", "datasets", "jsonargparse", "torchmetrics", "tokenizers", "numba", "triton")
 

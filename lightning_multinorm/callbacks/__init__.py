@@ -9,6 +9,7 @@ from lightning_multinorm.callbacks.spikes import LossSpikes
 from lightning_multinorm.callbacks.summary import RunSummary
 from lightning_multinorm.callbacks.termination import TerminationCheckpoint
 from lightning_multinorm.callbacks.throughput import Throughput
+from lightning_multinorm.callbacks.tokenizer import RunTokenizer
 
 __all__ = [
     "DocumentPerplexity",
@@ -17,6 +18,7 @@ __all__ = [
     "NormConvergence",
     "RandomState",
     "RunSummary",
+    "RunTokenizer",
     "TerminationCheckpoint",
     "Throughput",
     "TrainingProgress",

@@ -126,17 +126,27 @@ def load_folder(path: Path, module: nn.Module, optimizers: list[Optimizer], grou
 
 
 def read_folder(path: Path, groups: list[Any]) -> tuple[State, list[State]]:
-    """Weights and optimizer states of a folder as a single file would hold them; reads alone, on one process."""
+    """Weights and optimizer states of a folder as a single file would hold them; reads alone, on one process.
+
+    Args:
+        path: of the folder.
+        groups: the parameter groups of each optimizer whose states are wanted; none, and weights alone are read.
+    """
     stored = _stored(path)
-    tensors = {key: torch.empty(place.size, dtype=place.properties.dtype) for key, place in stored.items()}
+    entries = [list(_entries(stored, k, saved_groups)) for k, saved_groups in enumerate(groups)]
+    wanted = {key for key in stored if key.startswith("state_dict.")}
+    wanted |= {key for optimizer in entries for _, _, key in optimizer}
+    tensors = {
+        key: torch.empty(place.size, dtype=place.properties.dtype) for key, place in stored.items() if key in wanted
+    }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # that is meant
         dcp.load(tensors, storage_reader=Reader(path), no_dist=True)
     weights = {k.removeprefix("state_dict."): v for k, v in tensors.items() if k.startswith("state_dict.")}
     optimizers = []
-    for k, saved_groups in enumerate(groups):
+    for found, saved_groups in zip(entries, groups, strict=True):
         state: dict[int, dict[str, Tensor]] = {}
-        for number, name, key in _entries(stored, k, saved_groups):
+        for number, name, key in found:
             state.setdefault(number, {})[name] = tensors[key]
         optimizers.append({"state": state, "param_groups": saved_groups})
     return weights, optimizers

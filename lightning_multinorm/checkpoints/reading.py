@@ -34,6 +34,23 @@ def read_whole(path: Path, weights_only: bool | None = None) -> State:
     return {**meta, "state_dict": weights, **({"optimizer_states": optimizers} if optimizers else {})}
 
 
+def read_weights(path: Path) -> State:
+    """A checkpoint without the states of its optimizers, which are neither read nor kept in memory.
+
+    The tensors of a single file stay on the disk until they are used. Raises as `read_whole` does.
+    """
+    path = existing(path)
+    if is_folder(path):
+        meta = read_meta(path)
+        meta.pop("optimizer_groups", None)
+        return {**meta, "state_dict": read_folder(path, [])[0]}
+    state = read_file(path, mmap=True)
+    if not isinstance(state, dict):
+        raise UsageError(f"{path} is no checkpoint, but a {type(state).__name__}")
+    state.pop("optimizer_states", None)
+    return state
+
+
 def read_meta(folder: Path, weights_only: bool | None = None) -> State:
     """What a folder of shards holds beside tensors."""
     meta = read_file(folder / META, weights_only)
