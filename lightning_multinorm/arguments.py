@@ -40,6 +40,8 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
     if unknown := re.search(r"unrecognized arguments: (\S+?)(?:=| |$)|does not accept option '(\S+)'", text):
         name = (unknown[1] or unknown[2]).lstrip("-")
         return f"{name} is not known{_hint(name, options)}"
+    if missing := re.search(r"No module named '(\S+)'", text):
+        return f"{key} needs the Python package {missing[1]}, which is not installed"
     if missing := re.search(r"module '(\S+)' has no attribute '(\w+)'", text):
         names = [name for name in dir(importlib.import_module(missing[1])) if not name.startswith("_")]
         return f"{key}={missing[1]}.{missing[2]} is not there{_hint(missing[2], names)}"

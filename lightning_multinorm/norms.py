@@ -46,7 +46,7 @@ class Norm(ABC):
 
 @final
 class RowNorm(Norm):
-    """max_i ‖X_i,:‖₂ / √n; the projection gives every row the l2 norm √n."""
+    """``max_i ‖X_i,:‖₂ / √n``; the projection gives every row the l2 norm √n."""
 
     name = "row"
 
@@ -59,7 +59,7 @@ class RowNorm(Norm):
 
 @final
 class ColumnNorm(Norm):
-    """max_j ‖X_:,j‖₂ / √m; the projection gives every column the l2 norm √m."""
+    """``max_j ‖X_:,j‖₂ / √m``; the projection gives every column the l2 norm √m."""
 
     name = "column"
 
@@ -85,7 +85,7 @@ class FrobeniusNorm(Norm):
 
 @final
 class MaxNorm(Norm):
-    """max_ij |X_ij|; the projection is the sign."""
+    """``max_ij |X_ij|``; the projection is the sign."""
 
     name = "max"
 

@@ -18,6 +18,9 @@ MESSAGES = {
     f"Parser key \"model.optimizer\":\n  {CALLABLE} module 'lightning_multinorm' has no attribute 'SinkGDD'. Got": (
         "model.optimizer=lightning_multinorm.SinkGDD is not there; did you mean SinkGD?"
     ),
+    f"Parser key \"model.optimizer\":\n  {CALLABLE} No module named 'fira'. Got value: {NAMESPACE}": (
+        "model.optimizer needs the Python package fira, which is not installed"
+    ),
     f'Parser key "model.optimizer":\n  {CALLABLE} Parser key "lr":\n\n - Expected a path but fast either not '
     "accessible or invalid\n - Does not validate against any of the Union subtypes\n Errors:\n"
     f" - Expected a <class 'float'>\n Given value type: <class 'str'>\n Given value: fast. Got value: {NAMESPACE}": (

@@ -29,7 +29,8 @@ PROTOCOL = {
     "eps": 1e-8,
     "stochastic_rounding": True,
 }
-OVERLAYS = [name for name in packaged_configs() if "/" in name]
+BASELINES = ("muon", "galore", "apollo", "apollo_mini", "fira", "adamw8bit")  # see test_baselines.py
+OVERLAYS = [name for name in packaged_configs() if "/" in name and Path(name).stem not in BASELINES]
 OPTIMIZERS = {
     "sinkgd": SinkGD,
     "swan": SWAN,

@@ -68,6 +68,8 @@ FLOORS = {
     "optim.base": 9,
     "optim.release": 10,
     "optim.shadow": 10,
+    "optim.combined": 10,
+    "optim.plain_state": 7,
     "optim.sinkgd": 10,
     "optim.swan": 10,
     "optim.multinormgd": 10,

@@ -145,7 +145,9 @@ def _bytes(value: Any) -> int:
         return value.nbytes
     if isinstance(value, Mapping):
         return sum(map(_bytes, value.values()))
-    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
+    if isinstance(value, list | tuple):
+        return sum(map(_bytes, value))
+    return _bytes(getattr(value, "__dict__", {}))  # an object, such as GaLore's projectors, has tensors of its own
 
 
 def _elementwise(optimizer: Optimizer, device: Device) -> int | None:

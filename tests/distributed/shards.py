@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from lightning_multinorm import SWAN, MultiNormGD, SinkGD
 from lightning_multinorm.layouts import cut, gather, locate
 from lightning_multinorm.norms import ColumnNorm, RowNorm
+from lightning_multinorm.optim.combined import Combined
 from lightning_multinorm.optim.observation import Observation
 from lightning_multinorm.optim.shadow import Shadow
 
@@ -251,6 +252,27 @@ def refuses_partial() -> None:
         raise AssertionError("a Partial parameter was taken")
 
 
+def combined_with_torchs_alone() -> None:
+    """Muon's products are of bfloat16, so that shards agree to its rounding; other libraries' are refused."""
+    muon = partial(torch.optim.Muon, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for shape, placements in itertools.product([(85, 33), (8, 12)], [ONE["rows"], ONE["columns"]]):
+        W, grads = torch.randn(shape), gradients(shape)
+        whole, shards = nn.Parameter(W.clone()), nn.Parameter(sharded(W, flat_mesh(), placements))
+        for parameter, own in ((whole, grads), (shards, [sharded(G, flat_mesh(), placements) for G in grads])):
+            optimizer = Combined([("layers.0.weight", parameter)], muon, torch.optim.AdamW)
+            for G in own:
+                parameter.grad = G
+                optimizer.step()
+        change = (whole - W).norm()
+        assert (shards.data.full_tensor() - whole).norm() < 0.05 * change
+        try:
+            Combined([("layers.0.weight", shards)], lambda groups: SinkGD(groups, lr=0.1), torch.optim.AdamW)
+        except ValueError as error:
+            assert "SinkGD of lightning_multinorm is not known to work on sharded matrices" in str(error)
+        else:
+            raise AssertionError("an optimizer that is not torch's was taken")
+
+
 def _checks() -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {}
     variants = ("sinkgd-eager", "auto", "swan-centred")  # which differ within a rank alone
@@ -270,6 +292,8 @@ def _checks() -> dict[str, Callable[[], None]]:
     for dim in range(3):
         found[f"batch-{dim}"] = partial(views, "batch", dim)
         found[f"batch-{dim}"].sizes = (2, 4)  # type: ignore[attr-defined]
+    found["combined"] = combined_with_torchs_alone
+    found["combined"].sizes = (3,)  # type: ignore[attr-defined]
     for check in (
         other_dtypes, scale_changes_no_bit, gathered_is_whole, strided_is_gathered, replicas_stay_equal_in_bfloat16,
         division_among_replicas, refuses_partial,

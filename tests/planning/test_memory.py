@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,9 +118,19 @@ class Wanderer(torch.optim.SGD):
         self.param_groups[0]["params"][0].sum().item()
 
 
+class Keeper(torch.optim.SGD):
+    """An optimizer that keeps a tensor in an object, as GaLore does."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Keep it."""
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            self.state[parameter]["kept"] = SimpleNamespace(rank=4, basis=[torch.empty_like(parameter)])
+
+
 @pytest.mark.parametrize(
     ("make", "copies"),
     [
+        (Keeper, 1),
         (torch.optim.SGD, 0),
         (partial(torch.optim.SGD, momentum=0.9), 1),
         (partial(torch.optim.AdamW, amsgrad=True), 3),
