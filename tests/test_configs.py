@@ -28,6 +28,8 @@ PROTOCOL = {
     "betas": (0.9, 0.999),
     "eps": 1e-8,
     "stochastic_rounding": True,
+    "tolerance": 0.01,  # for iterations: auto alone
+    "max_iterations": 10,
 }
 BASELINES = ("muon", "galore", "apollo", "apollo_mini", "fira", "adamw8bit")  # see test_baselines.py
 OVERLAYS = [name for name in packaged_configs() if "/" in name and Path(name).stem not in BASELINES]
