@@ -16,10 +16,6 @@ RUNS = ("#0b7fc4", "#e0741b", "#0a9b76", "#c2559f", "#8a6fd1", "#b08900", "#3fa7
 KINDS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#009988", "#ccaa22", "#66aadd", "#cc3311", "#888888")
 SMOOTHING = 3  # at first: percent of a line, on either side of a point, that its mean is over
 _TITLE = {"tokens": "Tokens", "step": "Optimizer step"}
-_DECADES = {
-    "condition": {"test": "abs(log(datum.value) / LN10 - round(log(datum.value) / LN10)) < 1e-6", "value": 0.14},
-    "value": 0.04,
-}
 _POWER = "datum.label == '' ? '' : format(datum.value, datum.value < 0.01 || datum.value >= 1e5 ? '~e' : '~g')"
 _COUNT = "replace(format(datum.value, '~s'), 'G', 'B')"  # a billion tokens is B
 
@@ -121,7 +117,7 @@ def over_training(
         "axis": {"tickCount": 6},
     }
     if log:
-        axis_of_powers = {"labelExpr": _POWER, "tickCount": 5, "gridOpacity": _DECADES}
+        axis_of_powers = {"labelExpr": _POWER, "tickCount": 5}
         y |= {"scale": {"type": "log", "nice": False, "padding": 8}, "axis": axis_of_powers}
     line: Spec = {"type": "line", "strokeWidth": 1.8, "strokeJoin": "round", "clip": True}
     marks = {row[5] for row in rows}

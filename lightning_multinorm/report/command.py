@@ -70,7 +70,6 @@ def write_report(runs: Sequence[Run], out: Path, figures: bool = True) -> int:
     specs = {figure.name: figure.spec for section in sections for figure in section.figures if figure.spec}
     folder = figures_folder(out)
     paths = {folder / f"{name}.{suffix}": name for name in specs for suffix in ("svg", "png")} if figures else {}
-    refuse_others([out, *paths])
     files: dict[Path, bytes] = {}
     for name, spec in specs.items() if figures else ():
         svg = vega.vegalite_to_svg(_on_paper(spec))

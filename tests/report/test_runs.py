@@ -31,7 +31,7 @@ def test_what_a_logger_wrote_is_read(tmp_path: Path) -> None:
 
 
 def test_a_line_cut_off_is_left_out_and_of_two_values_the_later_counts(tmp_path: Path) -> None:
-    text = "a,b,step\n1,,0\n2,nan,1\n,5,1\n3,,1\n\n4,,5\n1.5,,2\n9"
+    text = "a,b,step\n1,,0\n2,nan,1\n,inf,3\n,5,1\n3,,1\n\n4,,5\n1.5,,2\n9"
     metrics = read_metrics(log(tmp_path, text) / "metrics.csv")
     assert (steps(metrics["a"]), list(metrics["a"].values)) == ([0, 1, 2, 5], [1, 3, 1.5, 4])
     assert list(metrics["b"].values) == [5]
