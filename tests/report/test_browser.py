@@ -81,6 +81,7 @@ def test_it_draws_every_figure_from_itself_alone(page: Page, path: Path) -> None
     drawn = page.tab.eval_on_selector_all(".plot", count)
     assert len(drawn) > 20 and min(drawn) > 4
     assert page.complaints == [] and page.requests == [path.as_uri()]
+    assert "role-legend" not in page.figure("loss")  # the toggles are the legend
     assert "sinkgd reached adamw <i>with a name that is long, as they are’s 4.5" in page.tab.inner_text(".headline")
     assert page.tab.locator("main i >> text=long").count() == 0
 
