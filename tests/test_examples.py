@@ -94,7 +94,16 @@ def test_torchrun_trains_on_two_processes(tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     model = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     options = ["--config", "quickstart.yaml", "--config", "strategy/fsdp2.yaml", "--trainer.accelerator", "cpu"]
-    options += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--run.name", "two"]
+    options += [
+        "--trainer.max_steps",
+        "2",
+        "--trainer.val_check_interval",
+        "2",
+        "--run.name",
+        "two",
+        "--run.report",
+        "false",
+    ]
     options += ["--data.source", "texts.jsonl", "--data.vocab_size", "300", "--data.validation_fraction", "0.3"]
     options += ["--data.sequence_length", "16", "--data.batch_size", "2", "--norm_convergence.every_n_steps", "1"]
     options += [part for key, value in model.items() for part in (f"--model.config.{key}", str(value))]

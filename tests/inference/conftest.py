@@ -15,6 +15,7 @@ model:
   size: null
   config: {vocab_size: 300, hidden_size: 32, intermediate_size: 88, num_hidden_layers: 2, num_attention_heads: 4}
 data: {source: texts, vocab_size: 300, sequence_length: 16, batch_size: 4, validation_fraction: 0.3}
+run: {report: false}
 """
 TIED = ("--model.config.tie_word_embeddings", "true", "--model.config.max_position_embeddings", "48")
 SPREAD = ("--trainer.strategy", "fsdp2", "--trainer.devices", "1", "--run.name", "spread")
