@@ -13,7 +13,8 @@ from typing_extensions import override
 
 from lightning_multinorm.callbacks.throughput import Throughput, callbacks
 from lightning_multinorm.quantities import duration, quantity
-from lightning_multinorm.report.command import EXTRA, installed, write_report
+from lightning_multinorm.report.command import write_report
+from lightning_multinorm.report.drawing import EXTRA, installed
 from lightning_multinorm.report.runs import LOG, open_runs
 from lightning_multinorm.strategies import batches_side_by_side
 

@@ -1,10 +1,7 @@
 """``python -m lightning_multinorm report``: from the logs of runs to a page, and its figures as files."""
 
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from rich.console import Console
@@ -13,11 +10,11 @@ from lightning_multinorm.arguments import OneLineParser
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.report import contents
 from lightning_multinorm.report.charts import Spec
+from lightning_multinorm.report.drawing import EXTRA, draw, installed
 from lightning_multinorm.report.files import marked_png, marked_svg, refuse_others, write
 from lightning_multinorm.report.page import page
 from lightning_multinorm.report.runs import Run, open_runs
 
-EXTRA = "pip install 'lightning-multinorm[report]'"
 _WIDTH = 640  # of a figure in a file, in pixels of which a PNG has two by two
 
 
@@ -39,7 +36,10 @@ def report(args: Sequence[str]) -> None:
         raise UsageError(f"--out {out} is no name of a page; end it in .html")
     refuse_others([out])
     runs = open_runs(config.runs)
-    written = write_report(runs, out)
+    try:
+        written = write_report(runs, out)
+    except RuntimeError as error:
+        raise UsageError(str(error)) from error
     console = Console(soft_wrap=True)
     for run in runs:
         console.print(f"Run      {run.name}  ({run.folder})", highlight=False, markup=False)
@@ -64,39 +64,23 @@ def write_report(runs: Sequence[Run], out: Path, figures: bool = True) -> int:
 
     Raises:
         UsageError: if the extra is not installed, or a file is there that no report wrote.
+        RuntimeError: if figures cannot be drawn here.
     """
-    vega = renderer()
+    if not installed():
+        raise UsageError(f"a report needs vl-convert, which is not installed: {EXTRA}")
     canvas, sections = contents.canvas(runs), contents.sections(runs)
     specs = {figure.name: figure.spec for section in sections for figure in section.figures if figure.spec}
     folder = figures_folder(out)
     paths = {folder / f"{name}.{suffix}": name for name in specs for suffix in ("svg", "png")} if figures else {}
-    files: dict[Path, bytes] = {}
-    for name, spec in specs.items() if figures else ():
-        svg = vega.vegalite_to_svg(_on_paper(spec))
-        files[folder / f"{name}.svg"] = marked_svg(svg)
-        files[folder / f"{name}.png"] = marked_png(vega.svg_to_png(svg, scale=2))
+    drawn = draw({name: _on_paper(spec) for name, spec in specs.items()} if figures else {})
+    files = {folder / f"{name}.svg": marked_svg(svg) for name, svg in drawn.svg.items()}
+    files |= {folder / f"{name}.png": marked_png(png) for name, png in drawn.png.items()}
     links: dict[str, list[str]] = {}
     for path, name in paths.items():
         links.setdefault(name, []).append(f"{quote(folder.name)}/{quote(path.name)}")
-    html = page(runs, sections, canvas, vega.javascript_bundle(), links)
+    html = page(runs, sections, canvas, drawn.libraries, links)
     write({**files, out: html.encode()}, folder)
     return len(specs)
-
-
-def installed() -> bool:
-    """Whether the extra is there that draws figures."""
-    return find_spec("vl_convert") is not None
-
-
-def renderer() -> Any:
-    """The module that draws figures and has the JavaScript that does so in a page.
-
-    Raises:
-        UsageError: naming the extra that brings it.
-    """
-    if not installed():
-        raise UsageError(f"a report needs vl-convert, which is not installed: {EXTRA}")
-    return import_module("vl_convert")
 
 
 def _on_paper(spec: Spec) -> Spec:

@@ -12,7 +12,7 @@ from PIL import Image
 from lightning_multinorm.callbacks.summary import _write_report
 from lightning_multinorm.cli import main
 from lightning_multinorm.errors import UsageError
-from lightning_multinorm.report import command, contents
+from lightning_multinorm.report import contents, drawing
 from lightning_multinorm.report.command import write_report
 from lightning_multinorm.report.files import MARK
 from lightning_multinorm.report.runs import open_runs
@@ -137,7 +137,7 @@ def test_without_the_extra_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = logs.write(tmp_path, "run", steps=8, watched=False)
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'lightning-multinorm\[report\]'"):
         write_report(open_runs([folder]), tmp_path / "report.html")
     _write_report(SimpleNamespace(loggers=[], log_dir=str(folder)))  # type: ignore[arg-type]
