@@ -53,9 +53,8 @@ def test_first_command_ends_in_something_worth_looking_at(quickstart: Path) -> N
     assert column("val/bits_per_byte")[-1] <= 1.8
     assert column("val/loss") == sorted(column("val/loss"), reverse=True)
     assert column("train/loss")[0] > 6 > 4.5 > sum(column("train/loss")[-5:]) / 5
-    assert sum(name.startswith("norm_convergence/") for name in rows[0]) == 2 * 7 * 4 * (
-        1 + 5
-    )  # and after each iteration
+    residuals = sum(name.startswith("norm_convergence/") for name in rows[0])
+    assert residuals == 2 * 7 * 4 * (1 + 5)  # after the last iteration, and after each
     assert all(math.isfinite(value) for name in rows[0] if "norm_convergence" in name for value in column(name))
     assert (version / "checkpoints" / "last.ckpt").is_file()
     assert "Residual of the row norm by iteration" in (version / "report.html").read_text()
@@ -68,6 +67,16 @@ def test_commands_on_a_checkpoint(command: str, quickstart: Path) -> None:
     (quickstart / "README.md").write_text(README)
     output = run(command.replace("CKPT", str(checkpoint)), quickstart)
     assert "bits_per_byte" in output or "bits/byte" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("generate", "def parse("), ("export", "quickstart-hf"), ("report", "figures, also in"), ("plan", "SinkGD")],
+)
+def test_commands_after_a_run_as_printed(name: str, said: str, quickstart: Path) -> None:
+    (command,) = (command for command in COMMANDS if subcommand(command).startswith(f"{name} "))
+    assert said in run(command, quickstart)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if PREFIX + "fit" in c], ids=subcommand)

@@ -175,7 +175,7 @@ def heat_map(rows: Sequence[Row], across: str, down: str, title: str, *, log: bo
     """Values of cells, told by colour.
 
     Args:
-        rows: (across, down, value).
+        rows: (across, down, value); columns are in the order in which they come.
         across: title of the columns.
         down: title of the rows.
         title: of the values.
@@ -191,7 +191,7 @@ def heat_map(rows: Sequence[Row], across: str, down: str, title: str, *, log: bo
         "height": height,
         "mark": {"type": "rect", "stroke": None},
         "encoding": {
-            "x": {"field": "across", "type": "ordinal", "title": across, "axis": names},
+            "x": {"field": "across", "type": "ordinal", "title": across, "axis": names, "sort": None},
             "y": {"field": "down", "type": "ordinal", "title": down, "sort": "ascending"},
             "color": {"field": "value", "type": "quantitative", "scale": scale, "legend": legend},
             "tooltip": [

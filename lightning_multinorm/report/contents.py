@@ -158,6 +158,7 @@ def _heat_map(run: Run, measure: Measure, index: int) -> Iterator[Figure]:
     found = matrices.last_by_layer_and_kind(run, measure)
     if len(found) > 1:
         rows: list[Row] = [(kind, layer, value) for (layer, kind), value in found.items()]
+        rows.sort(key=lambda row: matrices.place_of_kind(str(row[0])))
         spec = heat_map(rows, "Matrix", "Layer", measure.axis, log=measure.log)
         yield Figure(f"{measure.name}_matrices_{index}", f"{measure.title} by matrix", "In the last logged step.", spec)
 

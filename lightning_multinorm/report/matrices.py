@@ -10,6 +10,7 @@ import numpy as np
 from lightning_multinorm.report.runs import Numbers, Run, Series
 
 RESIDUAL = "norm_convergence"
+_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # in which a block applies them
 K = TypeVar("K", int, str, tuple[int, str])
 
 
@@ -71,6 +72,11 @@ def kind_of(parameter: str) -> str:
     return (parameter.split(".")[-2:-1] or [parameter])[0]
 
 
+def place_of_kind(kind: str) -> tuple[int, str]:
+    """Sorts kinds as a block of a LLaMA applies them; others come after, by name."""
+    return (_ORDER.index(kind) if kind in _ORDER else len(_ORDER), kind)
+
+
 def norms(run: Run) -> list[str]:
     """Whose residuals were logged."""
     parts = [name.split("/") for name in run.metrics if name.startswith((f"{RESIDUAL}/", f"{RESIDUAL}_by_"))]
@@ -100,7 +106,9 @@ def by_layer(run: Run, measure: Measure) -> dict[int, Series]:
 def by_kind(run: Run, measure: Measure) -> dict[str, Series]:
     """Combined over the matrices of a kind; as the run logged it itself, if it did."""
     own = by_parameter(run, Measure(f"{measure.prefix}_by_kind", "", "", measure.combine, norm=measure.norm))
-    return own or _combined(((kind_of(name), series) for name, series in by_parameter(run, measure).items()), measure)
+    kinds = ((kind_of(name), series) for name, series in by_parameter(run, measure).items())
+    found = own or _combined(kinds, measure)
+    return {kind: found[kind] for kind in sorted(found, key=place_of_kind)}
 
 
 def last_by_layer_and_kind(run: Run, measure: Measure) -> dict[tuple[int, str], float]:
