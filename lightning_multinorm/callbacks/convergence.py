@@ -42,7 +42,8 @@ class NormConvergence(Callback):
 
     Args:
         every_n_steps: log in every n-th optimizer step, beginning with the first. Default: 50.
-        per_iteration: also log the residuals after each iteration, from 1. Default: False.
+        per_iteration: also log the residuals after each iteration, from 1. Default: False. MLflow's file store cannot
+            keep these, whose names begin with another's; its databases can.
         shadow: for a project that trains with any other optimizer: compute what SR-Sinkhorn (arXiv:2502.06742,
             Algorithm 3) would do to the gradients of the parameters that the papers' policy normalises, and leave them
             untouched. Costs L + 3 reads of those gradients in a logged step; logs nothing of updates. Default: False.
