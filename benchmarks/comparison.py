@@ -32,7 +32,7 @@ _LR = "--model.optimizer.init_args.{}lr"
 RUNS = {
     "sinkgd": [],
     "auto": ["--model.optimizer.init_args.iterations", "auto"],
-    **{f"adamw-{lr}": [*_ADAMW, _LR.format(""), str(lr)] for lr in (0.002, 0.003, 0.005)},
+    **{f"adamw-{lr}": [*_ADAMW, _LR.format(""), str(lr)] for lr in (0.001, 0.002, 0.003, 0.005)},
     **{
         f"muon-{lr}": [*_MUON, _LR.format("matrices.init_args."), str(lr), _LR.format("rest.init_args."), str(lr)]
         for lr in (0.004, 0.008, 0.016)

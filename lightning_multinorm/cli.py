@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -231,6 +232,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if args is None:
             sys.argv[1:] = resolve_configs(given)  # where Lightning and the processes that it starts look
         MultiNormCLI(None if args is None else resolve_configs(given))
+        if args is None and dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # Lightning leaves gloo's threads to the exit, which aborts now and then
     except (UsageError, MisconfigurationException) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
