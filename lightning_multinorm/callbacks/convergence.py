@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_multinorm.callbacks.telemetry import Telemetry
-from lightning_multinorm.callbacks.tensorboard import draw_maps, lay_out, log_scalars
+from lightning_multinorm.callbacks.tensorboard import Scalars, draw_maps, lay_out
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.layouts import clean
 from lightning_multinorm.optim.base import MultiNormOptimizer
@@ -78,7 +78,7 @@ class NormConvergence(Callback):
         self.iterations = iterations
         self.include, self.exclude = _pattern("include", include), _pattern("exclude", exclude)
         self.warn_above = warn_above
-        self._telemetry = Telemetry(per_iteration, updates=not shadow)
+        self._telemetry, self._scalars = Telemetry(per_iteration, updates=not shadow), Scalars()
         self._seen: dict[str, Observation] = {}
         self._names: dict[int, str] = {}
         self._shadow: Shadow | None = None
@@ -134,7 +134,7 @@ class NormConvergence(Callback):
         for logger in trainer.loggers:
             # The step that was just taken, numbered from 0 as Lightning numbers the metrics of a training step.
             if isinstance(logger, TensorBoardLogger):
-                log_scalars(logger, metrics, trainer.global_step - 1)
+                self._scalars.log(logger, metrics, trainer.global_step - 1)
             else:
                 logger.log_metrics(metrics, step=trainer.global_step - 1)
 

@@ -134,7 +134,7 @@ def _places(seen: Mapping[str, Observation]) -> Iterator[tuple[str, int, Observa
 
 def _to_host(tensors: Iterable[torch.Tensor]) -> list[float]:
     """All entries, in order; one transfer for each device."""
-    flat = [tensor.flatten().float() for tensor in tensors]
+    flat = [tensor.flatten() for tensor in tensors]
     if len({tensor.device for tensor in flat}) > 1:
         flat = [tensor.cpu() for tensor in flat]
     return torch.cat(flat).tolist()

@@ -20,11 +20,21 @@ _COLOURS = torch.tensor([
 ]) / 255  # fmt: skip
 
 
-@rank_zero_only
-def log_scalars(logger: TensorBoardLogger, metrics: Mapping[str, float], step: int) -> None:
-    """As ``logger.log_metrics``, ten times faster: one record for all."""
-    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
-    logger.experiment.file_writer.add_summary(Summary(value=values), step)
+class Scalars:
+    """Logs all scalars of a step as one record: many times faster than ``logger.log_metrics``, one by one."""
+
+    def __init__(self) -> None:
+        self._record, self._tags = Summary(), list[str]()  # kept, since the tags are the same every time
+
+    @rank_zero_only
+    def log(self, logger: TensorBoardLogger, metrics: Mapping[str, float], step: int) -> None:
+        """As ``logger.log_metrics``."""
+        if self._tags != list(metrics):
+            self._tags = list(metrics)
+            self._record = Summary(value=[Summary.Value(tag=tag) for tag in metrics])
+        for entry, value in zip(self._record.value, metrics.values(), strict=True):
+            entry.simple_value = value
+        logger.experiment.file_writer.add_summary(self._record, step)  # copies it
 
 
 @rank_zero_only

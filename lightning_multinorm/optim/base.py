@@ -185,11 +185,15 @@ class MultiNormOptimizer(Optimizer):
             self._step_sharded(sharded)
 
     def _step_whole(self, parameters: Sequence[Tensor], group: Group) -> None:
-        for batch in self._alike(parameters, group):
-            if self.replicas is not None and self._divisible:
+        batches = list(self._alike(parameters, group))
+        if self.replicas is not None and self._divisible:
+            for batch in batches:
                 self._divide(batch, group)
-            else:
-                self._tell([(p, group) for p in batch], self._update_batch(batch, group))
+            return
+        updates = [update for batch in batches if (update := self._update_batch(batch, group))]
+        if updates:
+            observations = observe_whole(updates, group["lr"] * group["lr_scale"])
+            self._tell([(p, group) for batch in batches for p in batch], observations)
 
     def _alike(self, parameters: Iterable[Tensor], group: Group) -> Iterator[list[Tensor]]:
         """Parameters that are updated together."""
@@ -199,8 +203,8 @@ class MultiNormOptimizer(Optimizer):
             batches.setdefault((p.shape, p.dtype, p.grad.dtype, p.device, self._iterations(p, group)), []).append(p)
         yield from batches.values()
 
-    def _update_batch(self, batch: Sequence[Tensor], group: Group) -> list[Observation]:
-        """Update parameters; what was observed of each, if anyone asks."""
+    def _update_batch(self, batch: Sequence[Tensor], group: Group) -> tuple[Measured, Tensor] | None:
+        """Update parameters; what was measured and their weights' squares before, if anyone asks."""
         weights = [as_matrices(parameter, group["view"]) for parameter in batch]
         gradients = [as_matrices(p.grad, group["view"], like=p) for p in batch if p.grad is not None]
         lr, decay, seed = group["lr"] * group["lr_scale"], group["weight_decay"], self._seeds(group, batch[:1])[0]
@@ -208,14 +212,15 @@ class MultiNormOptimizer(Optimizer):
         squares = weight_squares(weights) if observe else None
         iterations = self._iterations(batch[0], group)
         measured = self._update_(Batch(weights, gradients, lr, decay, iterations, seed, observe), group)
-        return [] if measured is None or squares is None else observe_whole(measured, squares, lr)
+        return None if measured is None or squares is None else (measured, squares)
 
     def _divide(self, batch: Sequence[Tensor], group: Group) -> None:
         """Each replica updates every so many-th parameter, and sends it to the others."""
         rank, world = dist.get_rank(self.replicas), dist.get_world_size(self.replicas)
         own: dict[int, Observation] = {}
         for k in range(rank, len(batch), world):
-            for seen in self._update_batch([batch[k]], group):
+            if update := self._update_batch([batch[k]], group):
+                (seen,) = observe_whole([update], group["lr"] * group["lr_scale"])
                 own[k] = seen._replace(residuals=seen.residuals.cpu(), statistics=seen.statistics.cpu())
         sent = [
             dist.broadcast(p.data, group=self.replicas, group_src=k % world, async_op=True) for k, p in enumerate(batch)

@@ -69,18 +69,24 @@ def inverse_rms(squares: Tensor) -> Tensor:
 
 def weight_squares(weights: Sequence[Tensor]) -> Tensor:
     """‖W‖_F² (p, ...) of matrices (..., m, n); to be taken before the update."""
+    if weights[0].ndim == 2 and weights[0].dtype is _working(weights[0]):
+        return torch.stack(torch._foreach_norm(list(weights))).square_()
     return torch.stack([_squares(W) for W in weights])
 
 
-def observe_whole(measured: Measured, weights: Tensor, lr: float | Tensor) -> list[Observation]:
-    """Of each parameter, from its matrices and their `weight_squares`."""
-    (m, n), count = (measured.rows.shape[-1], measured.columns.shape[-1]), math.prod(weights.shape[1:])
-    sums = _sums(measured.rows, (measured.columns == 0).sum(-1), (m, n), measured.mean_square, weights, 1 / count)
-    residuals = measured.residuals
-    if weights.ndim > 1:
-        residuals, sums = residuals.flatten(1, -3).square().mean(1).sqrt(), sums.flatten(1, -2).sum(1)
-    statistics = _statistics(sums, lr)
-    return [Observation(measured.norms, *found) for found in zip(residuals.unbind(), statistics.unbind(), strict=True)]
+def observe_whole(updates: Sequence[tuple[Measured, Tensor]], lr: float | Tensor) -> list[Observation]:
+    """Of each parameter of some updates at one rate, from its matrices and their `weight_squares`."""
+    sums, residuals = [], []
+    for measured, weights in updates:
+        shape, count = (measured.rows.shape[-1], measured.columns.shape[-1]), math.prod(weights.shape[1:])
+        live = measured.columns.count_nonzero(-1)
+        found, errors = _sums(measured.rows, live, shape, measured.mean_square, weights, 1 / count), measured.residuals
+        if weights.ndim > 1:
+            found, errors = found.flatten(1, -2).sum(1), errors.flatten(1, -3).square().mean(1).sqrt()
+        sums.append(found)
+        residuals += [(measured.norms, error) for error in errors.unbind()]
+    statistics = _statistics(torch.cat(sums) if len(sums) > 1 else sums[0], lr).unbind()
+    return [Observation(*errors, found) for errors, found in zip(residuals, statistics, strict=True)]
 
 
 def sharded_weight_squares(jobs: Sequence[Job], like: Tensor) -> Tensor:
@@ -94,13 +100,13 @@ def sharded_weight_squares(jobs: Sequence[Job], like: Tensor) -> Tensor:
 
 def observe_sharded(measured: Measured, jobs: Sequence[Job], weights: Tensor) -> list[Observation]:
     """Of each parameter, from all jobs, in their order; a collective call."""
-    rows, dead_columns = _whole_rows(measured.rows, jobs), _dead_columns(measured.columns, jobs)
+    rows, live_columns = _whole_rows(measured.rows, jobs), _live_columns(measured.columns, jobs)
     sums = weights.new_zeros(len(measured.residuals), _SUMS, dtype=_wide(weights))
     for k, (job, row) in enumerate(zip(jobs, rows, strict=True)):
         if job.matrix.share:  # else it stands for a shard that holds no matrix at all
             mean_square = None if measured.mean_square is None else measured.mean_square[k]
             sums[job.parameter] += _sums(
-                row, dead_columns[k], job.matrix.shape, mean_square, weights[k], job.matrix.share
+                row, live_columns[k], job.matrix.shape, mean_square, weights[k], job.matrix.share
             )
     groups = {job.parameter: job.matrix.batch_groups for job in jobs}
     reduce_((sums.view(-1),), [(slice(p * _SUMS, (p + 1) * _SUMS), found) for p, found in groups.items()])
@@ -111,7 +117,7 @@ def observe_sharded(measured: Measured, jobs: Sequence[Job], weights: Tensor) ->
 
 def _sums(
     rows: Tensor,
-    dead_columns: Tensor,
+    live_columns: Tensor,
     shape: tuple[int, int],
     mean_square: Tensor | None,
     weight_squares: Tensor,
@@ -119,21 +125,20 @@ def _sums(
 ) -> Tensor:
     """What adds up over the matrices of a parameter, each of them a share of it: (..., 7)."""
     m, n = shape
-    rms = torch.where(rows == 0, 0, rows.to(_wide(rows)).reciprocal())
-    dead_rows, dead_columns = (rows == 0).sum(-1).to(rms.dtype), dead_columns.to(rms.dtype)
-    mean = 1 - dead_columns / max(1, n) if mean_square is None else mean_square.to(rms.dtype)
-    return torch.stack(
-        [
-            rms.square().sum(-1) * n,
-            _inverse_tail_index(rms) * share,
-            dead_rows,
-            dead_columns,
-            mean * share,
-            weight_squares.to(rms.dtype),
-            torch.full_like(mean, m * n),
-        ],
-        -1,
-    )
+    live = rows != 0
+    rms = torch.where(live, rows.to(_wide(rows)).reciprocal(), 0)
+    if mean_square is None:
+        mean_square = live_columns / max(1, n)
+    parts = [
+        rms.square().sum(-1) * n,
+        _inverse_tail_index(rms) * share,
+        m - live.sum(-1),
+        n - live_columns,
+        mean_square * share,
+        weight_squares,
+        torch.full_like(live_columns, m * n),
+    ]
+    return torch.stack(parts, -1)
 
 
 def _inverse_tail_index(rms: Tensor) -> Tensor:
@@ -169,13 +174,13 @@ def _whole_rows(rows: Tensor, jobs: Sequence[Job]) -> list[Tensor]:
     return list(whole)
 
 
-def _dead_columns(columns: Tensor, jobs: Sequence[Job]) -> Tensor:
+def _live_columns(columns: Tensor, jobs: Sequence[Job]) -> Tensor:
     """(jobs,): over the frames of all ranks."""
     frames = columns.split([job.matrix.frame[1] for job in jobs])
-    dead = torch.stack([(frame == 0).sum() for frame in frames])
+    live = torch.stack([frame.count_nonzero() for frame in frames])
     groups = [() if job.matrix.flat else job.matrix.row_groups for job in jobs]
-    reduce_((dead,), [(slice(k, k + 1), g) for k, g in enumerate(groups)])
-    return dead
+    reduce_((live,), [(slice(k, k + 1), g) for k, g in enumerate(groups)])
+    return live
 
 
 def _squares(W: Tensor) -> Tensor:

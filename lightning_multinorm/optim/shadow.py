@@ -52,7 +52,7 @@ class Shadow:
             _, _, found = scalings(as_matrices(parameter.grad, view, like=parameter), self._iterations, trace=True)
             assert found is not None
             measured = Measured(_NORMS, *(x.unsqueeze(0) for x in found))
-            yield parameter, observe_whole(measured, weight_squares([as_matrices(parameter, view)]), 1.0)[0]
+            yield parameter, observe_whole([(measured, weight_squares([as_matrices(parameter, view)]))], 1.0)[0]
         for parameters in spread.values():
             yield from zip(parameters, self._of_sharded(parameters), strict=True)
 
