@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_multinorm.callbacks.telemetry import Telemetry
-from lightning_multinorm.callbacks.tensorboard import Scalars, draw_maps, lay_out
+from lightning_multinorm.callbacks.tensorboard import TENSORBOARD_STEPS, Scalars, draw_maps, lay_out
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.layouts import clean
 from lightning_multinorm.optim.base import MultiNormOptimizer
@@ -37,8 +37,9 @@ class NormConvergence(Callback):
       ``update_to_weight/...``, see `optim.observation.STATISTICS`;
     - ``iterations/<parameter>`` if the optimizer chooses them (``iterations="auto"``).
 
-    TensorBoard also gets maps of the residuals, layers by kinds and layers by iterations, at every validation and at
-    the end, and a layout under "Custom Scalars".
+    TensorBoard gets single parameters in every tenth step at most, for its writer is slow, layers and kinds always. It
+    also gets maps of the residuals, layers by kinds and layers by iterations, at every validation and at the end, and
+    a layout under "Custom Scalars".
 
     Args:
         every_n_steps: log in every n-th optimizer step, beginning with the first. Default: 50.
@@ -131,12 +132,13 @@ class NormConvergence(Callback):
         chosen = any(group.get("iterations") == "auto" for optimizer in optimizers for group in optimizer.param_groups)
         metrics = self._telemetry.read(seen, iterations=chosen)
         self._warn()
+        step = trainer.global_step - 1  # the one just taken, from 0, as Lightning numbers those of training
         for logger in trainer.loggers:
-            # The step that was just taken, numbered from 0 as Lightning numbers the metrics of a training step.
             if isinstance(logger, TensorBoardLogger):
-                self._scalars.log(logger, metrics, trainer.global_step - 1)
+                all_of_them = self.every_n_steps >= TENSORBOARD_STEPS or step % TENSORBOARD_STEPS == 0
+                self._scalars.log(logger, metrics if all_of_them else self._telemetry.means, step)
             else:
-                logger.log_metrics(metrics, step=trainer.global_step - 1)
+                logger.log_metrics(metrics, step=step)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

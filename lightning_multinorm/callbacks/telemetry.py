@@ -57,6 +57,11 @@ class Telemetry:
             self.metrics |= {f"iterations/{name}": float(count) for name, count in plan.counts.items()}
         return self.metrics
 
+    @property
+    def means(self) -> dict[str, float]:
+        """Those of the metrics that are of layers and kinds."""
+        return {key: self.metrics[key] for key in self._plan.means}
+
     def worst(self) -> dict[str, tuple[float, int]]:
         """Of each parameter: its largest residual after the last iteration, and how many that were."""
         found = {name: max(self._values[at] for at in places) for name, places in self._plan.last.items()}

@@ -8,6 +8,7 @@ Legend: G gradient (m, n), W weight, X normalised gradient; ξ = 1 / tail index.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -76,17 +77,29 @@ def weight_squares(weights: Sequence[Tensor]) -> Tensor:
 
 def observe_whole(updates: Sequence[tuple[Measured, Tensor]], lr: float | Tensor) -> list[Observation]:
     """Of each parameter of some updates at one rate, from its matrices and their `weight_squares`."""
-    sums, residuals = [], []
+    rows, live, mean_squares, squares, shapes, shares = [], [], [], [], list[tuple[int, int]](), list[float]()
     for measured, weights in updates:
-        shape, count = (measured.rows.shape[-1], measured.columns.shape[-1]), math.prod(weights.shape[1:])
-        live = measured.columns.count_nonzero(-1)
-        found, errors = _sums(measured.rows, live, shape, measured.mean_square, weights, 1 / count), measured.residuals
-        if weights.ndim > 1:
-            found, errors = found.flatten(1, -2).sum(1), errors.flatten(1, -3).square().mean(1).sqrt()
-        sums.append(found)
+        rows.append(measured.rows.flatten(0, -2))
+        live.append(measured.columns.count_nonzero(-1).flatten())
+        mean_squares.append(None if measured.mean_square is None else measured.mean_square.flatten())
+        squares.append(weights.flatten())
+        shapes += [(measured.rows.shape[-1], measured.columns.shape[-1])] * len(rows[-1])
+        shares += [len(weights) / len(rows[-1])] * len(rows[-1])
+    found = [x for x in mean_squares if x is not None]
+    sums = _sums(
+        rows, torch.cat(live), tuple(shapes), tuple(shares), torch.cat(squares), torch.cat(found) if found else None
+    )
+    residuals = []
+    if len(sums) > sum(len(weights) for _, weights in updates):  # several matrices in a parameter
+        counts = [(len(weights), len(flat)) for (_, weights), flat in zip(updates, rows, strict=True)]
+        parts = zip(sums.split([matrices for _, matrices in counts]), counts, strict=True)
+        sums = torch.cat([part.view(p, -1, _SUMS).sum(1) for part, (p, _) in parts])
+    for measured, weights in updates:
+        errors = measured.residuals
+        errors = errors.flatten(1, -3).square().mean(1).sqrt() if weights.ndim > 1 else errors
         residuals += [(measured.norms, error) for error in errors.unbind()]
-    statistics = _statistics(torch.cat(sums) if len(sums) > 1 else sums[0], lr).unbind()
-    return [Observation(*errors, found) for errors, found in zip(residuals, statistics, strict=True)]
+    statistics = _statistics(sums, lr).unbind()
+    return [Observation(*errors, told) for errors, told in zip(residuals, statistics, strict=True)]
 
 
 def sharded_weight_squares(jobs: Sequence[Job], like: Tensor) -> Tensor:
@@ -100,14 +113,13 @@ def sharded_weight_squares(jobs: Sequence[Job], like: Tensor) -> Tensor:
 
 def observe_sharded(measured: Measured, jobs: Sequence[Job], weights: Tensor) -> list[Observation]:
     """Of each parameter, from all jobs, in their order; a collective call."""
-    rows, live_columns = _whole_rows(measured.rows, jobs), _live_columns(measured.columns, jobs)
+    rows, live = _whole_rows(measured.rows, jobs), _live_columns(measured.columns, jobs)
     sums = weights.new_zeros(len(measured.residuals), _SUMS, dtype=_wide(weights))
-    for k, (job, row) in enumerate(zip(jobs, rows, strict=True)):
+    shapes, shares = tuple(job.matrix.shape for job in jobs), tuple(job.matrix.share for job in jobs)
+    by_job = _sums([row.unsqueeze(0) for row in rows], live, shapes, shares, weights, measured.mean_square)
+    for job, found in zip(jobs, by_job.unbind(), strict=True):
         if job.matrix.share:  # else it stands for a shard that holds no matrix at all
-            mean_square = None if measured.mean_square is None else measured.mean_square[k]
-            sums[job.parameter] += _sums(
-                row, live_columns[k], job.matrix.shape, mean_square, weights[k], job.matrix.share
-            )
+            sums[job.parameter] += found
     groups = {job.parameter: job.matrix.batch_groups for job in jobs}
     reduce_((sums.view(-1),), [(slice(p * _SUMS, (p + 1) * _SUMS), found) for p, found in groups.items()])
     rates = {job.parameter: job.lr for job in jobs}
@@ -116,39 +128,50 @@ def observe_sharded(measured: Measured, jobs: Sequence[Job], weights: Tensor) ->
 
 
 def _sums(
-    rows: Tensor,
+    rows: Sequence[Tensor],
     live_columns: Tensor,
-    shape: tuple[int, int],
-    mean_square: Tensor | None,
+    shapes: tuple[tuple[int, int], ...],
+    shares: tuple[float, ...],
     weight_squares: Tensor,
-    share: float,
+    mean_square: Tensor | None,
 ) -> Tensor:
-    """What adds up over the matrices of a parameter, each of them a share of it: (..., 7)."""
-    m, n = shape
-    live = rows != 0
-    rms = torch.where(live, rows.to(_wide(rows)).reciprocal(), 0)
-    if mean_square is None:
-        mean_square = live_columns / max(1, n)
-    parts = [
-        rms.square().sum(-1) * n,
-        _inverse_tail_index(rms) * share,
-        m - live.sum(-1),
-        n - live_columns,
-        mean_square * share,
-        weight_squares,
-        torch.full_like(live_columns, m * n),
-    ]
-    return torch.stack(parts, -1)
+    """What adds up over the matrices of a parameter, each of them a share of it: (matrices, 7).
+
+    All matrices at once, their rows filled up with zeros: these are many operations on little data.
+    """
+    joined = rows[0]
+    if len(rows) > 1:
+        joined = rows[0].new_zeros(len(shapes), max(m for m, _ in shapes))
+        for place, part in zip(joined.split([len(part) for part in rows]), rows, strict=True):
+            place[:, : part.shape[1]] = part
+    m, n, k, share = _constants(shapes, shares, joined.device, _wide(joined)).unbind()
+    live = joined != 0
+    rms = torch.where(live, joined.to(m.dtype).reciprocal(), 0)
+    mean = live_columns / n if mean_square is None else mean_square
+    tail = _inverse_tail_index(rms, k)
+    columns = [rms.square().sum(-1) * n, tail * share, m - live.sum(-1), n - live_columns, mean * share]
+    return torch.stack([*columns, weight_squares, m * n], -1)
 
 
-def _inverse_tail_index(rms: Tensor) -> Tensor:
-    """Hill's estimator of ξ: mean of log(x_i / x_{k+1}) over the k largest of (..., m)."""
-    m = rms.shape[-1]
-    if m < 2:
-        return rms.sum(-1) * 0
-    k = min(math.ceil(_TAIL * m), m - 1)
-    largest = rms.topk(k + 1).values
-    return (largest[..., :k] / largest[..., -1:]).log().nan_to_num(0, torch.inf).mean(-1)
+@lru_cache(maxsize=64)
+def _constants(
+    shapes: tuple[tuple[int, int], ...], shares: tuple[float, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """m, n, rows that count as the tail, and share (4, matrices): made once, for a copy to the device waits for it."""
+    rows = [[m, max(1, n), max(0, min(math.ceil(_TAIL * m), m - 1)), 0] for m, n in shapes]
+    found = torch.tensor(rows, dtype=dtype).T.contiguous()
+    found[3] = torch.tensor(shares, dtype=dtype)
+    return found.to(device)
+
+
+def _inverse_tail_index(rms: Tensor, k: Tensor) -> Tensor:
+    """Hill's estimator of ξ: mean of log(x_i / x_{k+1}) over the k largest of every row (matrices, m)."""
+    if rms.shape[-1] == 0:
+        return rms.sum(-1)
+    largest = rms.topk(min(rms.shape[-1], math.ceil(_TAIL * rms.shape[-1]) + 1)).values
+    logs = (largest / largest.gather(-1, k.long().unsqueeze(-1))).log().nan_to_num(0, torch.inf)
+    inside = torch.arange(largest.shape[-1], device=k.device) < k.unsqueeze(-1)
+    return torch.where(inside, logs, 0).sum(-1) / k.clamp(min=1)
 
 
 def _statistics(sums: Tensor, lr: float | Tensor) -> Tensor:

@@ -243,13 +243,16 @@ def test_tensorboard_and_csv_get_all_of_it(tmp_path: Path) -> None:
     events = EventAccumulator(loggers[0].log_dir)
     events.Reload()
     with (Path(loggers[1].log_dir) / "metrics.csv").open() as file:
-        rows = [
-            row for row in csv.DictReader(file) if row["step"] == "1" and row["norm_convergence_by_kind/q_proj/row"]
-        ]
+        logged = [row for row in csv.DictReader(file) if row["norm_convergence_by_kind/q_proj/row"]]
+    first, last = ({key: float(value) for key, value in row.items() if value} for row in logged)
     for key, value in watch.metrics.items():
-        assert [event.step for event in events.Scalars(key)] == [0, 1]
-        assert events.Scalars(key)[1].value == pytest.approx(value)
-        assert float(rows[0][key]) == pytest.approx(value)
+        assert last[key] == pytest.approx(value)
+        if key.startswith("norm_convergence_by_"):
+            assert [event.step for event in events.Scalars(key)] == [0, 1]
+            assert events.Scalars(key)[1].value == pytest.approx(value)
+        else:  # every tenth step is enough for what its writer takes long to write
+            assert [event.step for event in events.Scalars(key)] == [0]
+            assert events.Scalars(key)[0].value == pytest.approx(first[key])
     for name, size in (("kinds", (7 * 16, 2 * 16)), ("iterations", (5 * 16, 2 * 16))):
         (image,) = events.Images(f"norm_convergence_layers_by_{name}/row")
         assert (image.width, image.height) == size
