@@ -80,8 +80,10 @@ def _chip(run: Run, index: int) -> str:
 
 def optimizer_of(run: Run) -> str | None:
     """The class of a run's optimizer, from its configuration or the names of its learning rates."""
-    if path := run.config.get("model.optimizer.class_path", run.config.get("model.optimizer")):
-        return str(path).rpartition(".")[2]
+    both = [run.config.get(f"model.optimizer.init_args.{part}.class_path") for part in ("matrices", "rest")]
+    paths = both if all(both) else [run.config.get("model.optimizer.class_path", run.config.get("model.optimizer"))]
+    if all(paths):
+        return " + ".join(str(path).rpartition(".")[2] for path in paths)
     rates = (re.match(r"lr-(\w+)", name) for name in run.metrics)
     return next((rate[1] for rate in rates if rate), None)
 

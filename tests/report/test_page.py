@@ -15,6 +15,7 @@ from lightning_multinorm.errors import UsageError
 from lightning_multinorm.report import contents, drawing
 from lightning_multinorm.report.command import write_report
 from lightning_multinorm.report.files import MARK
+from lightning_multinorm.report.page import optimizer_of
 from lightning_multinorm.report.runs import open_runs
 from report import logs
 
@@ -49,6 +50,18 @@ def test_a_run_that_logged_nothing_has_sentences(tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     assert write_report([run], out) == 0
     assert "nothing logged yet" in out.read_text() and "<figure>" not in out.read_text()
+
+
+def test_an_optimizer_is_named_by_its_class_or_by_its_two(tmp_path: Path) -> None:
+    muon = {"matrices": {"class_path": "torch.optim.Muon"}, "rest": {"class_path": "torch.optim.AdamW"}}
+    optimizers = {
+        "SinkGD": {"class_path": "lightning_multinorm.SinkGD"},
+        "Muon + AdamW": {"class_path": "lightning_multinorm.optim.combined.Combined", "init_args": muon},
+    }
+    for index, (name, optimizer) in enumerate(optimizers.items()):
+        config = {"model": {"optimizer": optimizer}}
+        [run] = open_runs([logs.write(tmp_path, str(index), steps=8, watched=False, config=config)])
+        assert optimizer_of(run) == name
 
 
 def test_what_a_run_wrote_is_no_markup(tmp_path: Path) -> None:
