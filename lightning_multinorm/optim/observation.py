@@ -18,9 +18,10 @@ from lightning_multinorm.layouts import reduce_
 from lightning_multinorm.sinkhorn.sharded import Job
 
 STATISTICS = ("gradient_norm", "tail_index", "dead_rows", "dead_columns", "update_rms", "update_to_weight")
-"""gradient_norm: ‖G‖_F. tail_index: Hill's estimate of the exponent with which the largest tenth of the row norms of G
-falls off, at most 1000; small is heavy-tailed, 2 has no variance. dead_rows, dead_columns: how many of G are zero.
-update_rms: of the change of W. update_to_weight: ‖change of W‖_F / ‖W‖_F, 0 for a weight that is zero."""
+"""The names of what is told, in order. The gradient's norm is ‖G‖_F. The tail index is Hill's estimate of the exponent with
+which the largest tenth of the row norms of G falls off, at most 1000; small is heavy-tailed, at 2 and below there is no
+variance. Dead rows and columns are those of G that are zero. The update's RMS is of the change of W, and its ratio
+‖change of W‖_F / ‖W‖_F, 0 for a weight that is zero."""
 
 _TAIL = 0.1  # of the rows
 _NO_TAIL = 1e-3  # the smallest ξ told
@@ -144,34 +145,45 @@ def _sums(
         joined = rows[0].new_zeros(len(shapes), max(m for m, _ in shapes))
         for place, part in zip(joined.split([len(part) for part in rows]), rows, strict=True):
             place[:, : part.shape[1]] = part
-    m, n, k, share = _constants(shapes, shares, joined.device, _wide(joined)).unbind()
+    fixed = _constants(shapes, shares, joined.device, _wide(joined))
     live = joined != 0
-    rms = torch.where(live, joined.to(m.dtype).reciprocal(), 0)
-    mean = live_columns / n if mean_square is None else mean_square
-    tail = _inverse_tail_index(rms, k)
-    columns = [rms.square().sum(-1) * n, tail * share, m - live.sum(-1), n - live_columns, mean * share]
-    return torch.stack([*columns, weight_squares, m * n], -1)
+    rms = torch.where(live, joined.to(_wide(joined)).reciprocal(), 0)
+    mean = live_columns / fixed.n if mean_square is None else mean_square
+    tail = _inverse_tail_index(rms, fixed) if rms.shape[-1] else torch.zeros_like(mean)
+    columns = [rms.square().sum(-1) * fixed.n, tail * fixed.share, fixed.m - live.sum(-1), fixed.n - live_columns]
+    return torch.stack([*columns, mean * fixed.share, weight_squares, fixed.entries], -1)
+
+
+class _Constants(NamedTuple):
+    """Of each matrix."""
+
+    m: Tensor
+    n: Tensor
+    entries: Tensor
+    share: Tensor
+    last: Tensor  # (matrices, 1): the place, by size, of the first row that is no longer of the tail
+    weights: Tensor  # (matrices, longest tail): 1 / k for the k rows of the tail
 
 
 @lru_cache(maxsize=64)
 def _constants(
     shapes: tuple[tuple[int, int], ...], shares: tuple[float, ...], device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """m, n, rows that count as the tail, and share (4, matrices): made once, for a copy to the device waits for it."""
-    rows = [[m, max(1, n), max(0, min(math.ceil(_TAIL * m), m - 1)), 0] for m, n in shapes]
-    found = torch.tensor(rows, dtype=dtype).T.contiguous()
-    found[3] = torch.tensor(shares, dtype=dtype)
-    return found.to(device)
+) -> _Constants:
+    """Made once, for a copy to the device waits for it."""
+    tails = [max(0, min(math.ceil(_TAIL * m), m - 1)) for m, _ in shapes]
+    weights = torch.zeros(len(shapes), max(tails) + 1, dtype=dtype)
+    for row, k in zip(weights, tails, strict=True):
+        row[:k] = 1 / max(1, k)
+    numbers = ([m for m, _ in shapes], [max(1, n) for _, n in shapes], [m * n for m, n in shapes], shares)
+    m, n, entries, share = (torch.tensor(values, dtype=dtype).to(device) for values in numbers)
+    return _Constants(m, n, entries, share, torch.tensor(tails).unsqueeze(-1).to(device), weights.to(device))
 
 
-def _inverse_tail_index(rms: Tensor, k: Tensor) -> Tensor:
+def _inverse_tail_index(rms: Tensor, fixed: _Constants) -> Tensor:
     """Hill's estimator of ξ: mean of log(x_i / x_{k+1}) over the k largest of every row (matrices, m)."""
-    if rms.shape[-1] == 0:
-        return rms.sum(-1)
-    largest = rms.topk(min(rms.shape[-1], math.ceil(_TAIL * rms.shape[-1]) + 1)).values
-    logs = (largest / largest.gather(-1, k.long().unsqueeze(-1))).log().nan_to_num(0, torch.inf)
-    inside = torch.arange(largest.shape[-1], device=k.device) < k.unsqueeze(-1)
-    return torch.where(inside, logs, 0).sum(-1) / k.clamp(min=1)
+    largest = rms.topk(fixed.weights.shape[-1]).values
+    logs = (largest / largest.gather(-1, fixed.last)).log().nan_to_num(0, torch.inf, 0)
+    return torch.where(fixed.weights == 0, 0, logs * fixed.weights).sum(-1)
 
 
 def _statistics(sums: Tensor, lr: float | Tensor) -> Tensor:
