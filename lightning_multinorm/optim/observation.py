@@ -18,10 +18,10 @@ from lightning_multinorm.layouts import reduce_
 from lightning_multinorm.sinkhorn.sharded import Job
 
 STATISTICS = ("gradient_norm", "tail_index", "dead_rows", "dead_columns", "update_rms", "update_to_weight")
-"""The names of what is told, in order. The gradient's norm is ‖G‖_F. The tail index is Hill's estimate of the exponent with
-which the largest tenth of the row norms of G falls off, at most 1000; small is heavy-tailed, at 2 and below there is no
-variance. Dead rows and columns are those of G that are zero. The update's RMS is of the change of W, and its ratio
-‖change of W‖_F / ‖W‖_F, 0 for a weight that is zero."""
+"""The names of what is told, in order. The gradient's norm is ‖G‖_F. The tail index is Hill's estimate of the exponent
+with which the largest tenth of the row norms of G falls off, at most 1000; small is heavy-tailed, at 2 and below there
+is no variance. Dead rows and columns are those of G that are zero. The update's RMS is of the change of W, its ratio to
+the weight ‖change of W‖_F / ‖W‖_F, 0 for a weight that is zero."""
 
 _TAIL = 0.1  # of the rows
 _NO_TAIL = 1e-3  # the smallest ξ told
