@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_multinorm"
 FLOORS = {
     "errors": 0,
     "quantities": 0,
+    "parameter_names": 0,
     "rounding": 0,
     "scaling": 0,
     "views": 0,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from lightning_multinorm.optim.observation import STATISTICS, Observation
+from lightning_multinorm.parameter_names import kind_of, layer_of
 
 _OF_UPDATES = ("update_rms", "update_to_weight")
 _Columns = Callable[[str, int], list[tuple[str, int]]]
@@ -95,7 +96,7 @@ class Telemetry:
                 continue
             for column, iteration in columns(name, len(found.residuals)):
                 at = start + iteration * len(found.norms) + found.norms.index(norm)
-                squares.setdefault((layer, column), []).append(self._values[at] ** 2)
+                squares.setdefault((str(layer), column), []).append(self._values[at] ** 2)
         return {key: math.sqrt(sum(values) / len(values)) for key, values in squares.items()}
 
     def _planned(self, seen: Mapping[str, Observation]) -> _Plan:
@@ -116,17 +117,6 @@ class Telemetry:
                 if self._updates or statistic not in _OF_UPDATES:
                     plan.values[f"{statistic}/{name}"] = start + count * width + k
         return plan
-
-
-def layer_of(name: str) -> str | None:
-    """The first number in a dotted name."""
-    return next((part for part in name.split(".") if part.isdigit()), None)
-
-
-def kind_of(name: str) -> str:
-    """The module that a parameter belongs to, without the path; the parameter's own name if it is no "weight"."""
-    parts = name.split(".")
-    return parts[-2] if len(parts) > 1 and parts[-1] == "weight" else parts[-1]
 
 
 def _places(seen: Mapping[str, Observation]) -> Iterator[tuple[str, int, Observation]]:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from lightning_multinorm.parameter_names import kind_of, layer_of
 from lightning_multinorm.report.runs import Numbers, Run, Series
 
 RESIDUAL = "norm_convergence"
@@ -60,16 +61,6 @@ _COMBINE: Mapping[str, Callable[[Any, Any, Any], Numbers]] = {  # of sums, sums 
 def residual(norm: str) -> Measure:
     """The residual of a norm after the last iteration."""
     return Measure(RESIDUAL, f"Residual of the {norm} norm", f"Residual, {norm} (RMS)", "rms", log=True, norm=norm)
-
-
-def layer_of(parameter: str) -> int | None:
-    """The first whole number in a dotted name; None if there is none."""
-    return next((int(part) for part in parameter.split(".") if part.isdecimal()), None)
-
-
-def kind_of(parameter: str) -> str:
-    """The name of the module that owns the weight: "q_proj"."""
-    return (parameter.split(".")[-2:-1] or [parameter])[0]
 
 
 def place_of_kind(kind: str) -> tuple[int, str]:
