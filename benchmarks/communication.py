@@ -35,6 +35,7 @@ from lightning_multinorm.norms import ColumnNorm, RowNorm
 from lightning_multinorm.planning.communication import Traffic
 from lightning_multinorm.planning.estimate import plan
 from lightning_multinorm.planning.settings import Layout, MicroBatch, Precision
+from lightning_multinorm.strategies import end_communication
 
 RESULTS = Path(__file__).parent / "results" / "communication.json"
 GPUS = (8, 64, 1024)
@@ -110,7 +111,7 @@ def work(model: str, folder: Path, rank: int, ranks: int) -> None:
         del optimizer
     if rank == 0:
         (folder / "counted.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    end_communication()
 
 
 def backward(llama: LlamaForCausalLM, tokens: Tensor) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -49,6 +48,7 @@ from lightning_multinorm.llama import LlamaPretraining
 from lightning_multinorm.planning.command import Planner
 from lightning_multinorm.report.command import report
 from lightning_multinorm.resuming import last_checkpoint
+from lightning_multinorm.strategies import end_communication
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "generate": generation.main,
@@ -232,8 +232,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if args is None:
             sys.argv[1:] = resolve_configs(given)  # where Lightning and the processes that it starts look
         MultiNormCLI(None if args is None else resolve_configs(given))
-        if args is None and dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()  # Lightning leaves gloo's threads to the exit, which aborts now and then
+        if args is None:
+            end_communication()
     except (UsageError, MisconfigurationException) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_multinorm.callbacks import LossSpikes
 from lightning_multinorm.callbacks.spikes import FILE
 from lightning_multinorm.data import TextDataModule
+from lightning_multinorm.strategies import end_communication
 
 
 class Recorder(LightningModule):
@@ -76,3 +77,4 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     result = run(folder, sys.argv[2])
     (folder / f"rank{result['rank']}.json").write_text(json.dumps(result))
+    end_communication()

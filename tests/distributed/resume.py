@@ -1,11 +1,14 @@
 """Run by test_resume.py as a program: trains a small LLaMA under one strategy after another, and goes on.
 
-Usage: python -m tests.distributed.resume FOLDER DEVICES '[{"name": ..., "strategy": ..., ...}, ...]'
+Usage: python -m tests.distributed.resume FOLDER '[[DEVICES, [{"name": ..., "strategy": ..., ...}, ...]], ...]'
 """
 
 import json
+import os
+import socket
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lightning_multinorm import SWAN, LlamaPretraining, SinkGD, strategies
 from lightning_multinorm.checkpoints.io import CheckpointFiles
 from lightning_multinorm.schedules import WarmupCosine
+from tests.distributed.forks import fork
 
 STEPS, ROWS, LENGTH, VOCABULARY = 8, 4, 12, 51
 
@@ -112,7 +116,28 @@ def train(
         (folder / f"{name}.json").write_text(json.dumps(record.losses))
 
 
-if __name__ == "__main__":
+def rank_of(folder: Path, devices: int, runs: list[dict[str, Any]], port: int, rank: int) -> None:
+    """What one of several ranks does, with the environment that torchrun gives it."""
     torch.set_num_threads(1)
-    for run in json.loads(sys.argv[3]):
-        train(Path(sys.argv[1]), int(sys.argv[2]), **run)
+    if devices > 1:
+        places = {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": devices, "LOCAL_WORLD_SIZE": devices, "GROUP_RANK": 0}
+        addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "resume"}
+        os.environ.update({name: str(value) for name, value in (places | addresses).items()})
+    for run in runs:
+        train(folder, devices, **run)
+
+
+def main(folder: Path, launches: list[tuple[int, list[dict[str, Any]]]]) -> None:
+    """One launch after another; the first that fails ends with what its ranks have printed."""
+    for devices, runs in launches:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        statuses = fork(devices, partial(rank_of, folder, devices, runs, port), folder)
+        if any(statuses):
+            logs = "\n".join((folder / f"{rank}.log").read_text()[-2000:] for rank in range(devices))
+            sys.exit(f"{[run['name'] for run in runs]} ended with {statuses}:\n{logs}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -47,26 +47,24 @@ ON_FOUR: dict[str, dict[str, Any]] = {
 TO_ONE = ("folder", "file", "fsdp1", "tp")
 
 
-def launch(folder: Path, devices: int, runs: list[dict[str, Any]]) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    command = [sys.executable, "-m", "tests.distributed.resume", str(folder), str(devices), json.dumps(runs)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the losses of all runs."""
     folder = tmp_path_factory.mktemp("resume")
-    launch(folder, 1, [{"name": "single", "strategy": "auto"}])
-    launch(folder, 2, [{"name": name, **how} for name, how in SPREAD.items()])
     again = [{"name": f"{name}-again", "ckpt_path": f"{name}/{AFTER}", **how} for name, how in SPREAD.items()]
     onto = [{"name": name, "ckpt_path": f"{source}/{AFTER}", **how} for name, (source, how) in ONTO.items()]
-    launch(folder, 2, again + onto)
-    four = [{"name": name, **how} for name, how in ON_FOUR.items()]
-    four.append({"name": "hsdp-to-grid", "ckpt_path": f"hsdp/{AFTER}", **ON_FOUR["grid"]})
-    launch(folder, 4, four)
-    launch(folder, 1, [{"name": f"{n}-to-one", "strategy": "auto", "ckpt_path": f"{n}/{AFTER}"} for n in TO_ONE])
+    launches = [
+        (1, [{"name": "single", "strategy": "auto"}]),
+        (2, [{"name": name, **how} for name, how in SPREAD.items()]),
+        (2, again + onto),
+        (4, [{"name": name, **how} for name, how in ON_FOUR.items()]),
+        (4, [{"name": "hsdp-to-grid", "ckpt_path": f"hsdp/{AFTER}", **ON_FOUR["grid"]}]),
+        (1, [{"name": f"{n}-to-one", "strategy": "auto", "ckpt_path": f"{n}/{AFTER}"} for n in TO_ONE]),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-m", "tests.distributed.resume", str(folder), json.dumps(launches)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 

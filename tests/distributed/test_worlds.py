@@ -1,25 +1,25 @@
 """Sharded updates against whole ones, on 2 to 4 processes: matrices (`shards`, `stateless`), a LLaMA (`models`)."""
 
+import itertools
+
 import pytest
 
 from tests.distributed import world
+from tests.distributed.world import World
 
-MODULES, SIZES = ("shards", "stateless", "models"), (2, 3, 4)
-_CHECKS = [(module, size, name) for module in MODULES for size in SIZES for name in world.names(module, size)]
-Failures = dict[tuple[str, int], dict[str, str]]
+WORLDS = list(itertools.product(("shards", "stateless", "models"), (2, 3, 4)))
+_CHECKS = [(found, name) for found in WORLDS for name in world.names(*found)]
 
 
 @pytest.fixture(scope="module")
-def failures(tmp_path_factory: pytest.TempPathFactory) -> Failures:
-    """What went wrong, by module, size of the world and name of the check."""
-    return {
-        (module, size): world.run(module, size, tmp_path_factory.mktemp(f"{module}{size}"))
-        for module in MODULES
-        for size in SIZES
-    }
+def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[World, dict[str, str]]:
+    """What went wrong, by world and name of the check."""
+    return world.run(WORLDS, tmp_path_factory.mktemp("worlds"))
 
 
-@pytest.mark.parametrize(("module", "size", "name"), _CHECKS)
-def test_spread_over_ranks_is_as_whole(failures: Failures, module: str, size: int, name: str) -> None:
-    found = failures[module, size]
+@pytest.mark.parametrize(
+    ("where", "name"), _CHECKS, ids=lambda part: part if isinstance(part, str) else "-".join(map(str, part))
+)
+def test_spread_over_ranks_is_as_whole(failures: dict[World, dict[str, str]], where: World, name: str) -> None:
+    found = failures[where]
     assert found.get(name, found.get("*", "was never run")) == ""

@@ -1,39 +1,47 @@
-"""Run the checks of a module in 2, 3 or 4 processes that talk through gloo, all in one go: starting is what costs."""
+"""Run the checks of modules in worlds of 2, 3 or 4 processes that talk through gloo."""
 
 import importlib
 import json
 import os
+import subprocess
 import sys
-import time
 import traceback
+from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 
 import torch
 import torch.distributed as dist
 
+from tests.distributed.forks import fork
+
 ROOT = Path(__file__).parents[2]
+World = tuple[str, int]
+"""A module of checks, and the number of processes."""
+LEAVING = "leaves no thread behind"
 
 
-def run(module: str, size: int, folder: Path, limit: float = 280) -> dict[str, str]:
-    """Every check of ``tests.distributed.<module>`` by ``size`` processes; what went wrong on any rank, or ""."""
+def run(worlds: Sequence[World], folder: Path) -> dict[World, dict[str, str]]:
+    """Every check of ``tests.distributed.<module>`` in every world; what went wrong on any rank, or ""."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    command = [sys.executable, "-m", "tests.distributed.world", module, str(size), str(folder)]
-    logs = [(folder / f"{rank}.log").open("w") for rank in range(size)]
-    processes = [
-        Popen([*command, str(rank)], stdin=DEVNULL, stdout=log, stderr=STDOUT, env=environment, cwd=ROOT)
-        for rank, log in enumerate(logs)
-    ]
-    deadline = time.monotonic() + limit
-    for process in processes:
-        try:
-            process.wait(max(1, deadline - time.monotonic()))
-        except TimeoutExpired:  # a rank that hangs must not outlive the tests
-            process.kill()
-            process.wait()
-    for log in logs:
-        log.close()
+    command = [sys.executable, "-m", "tests.distributed.world", json.dumps(worlds), str(folder)]
+    subprocess.run(command, env=environment, cwd=ROOT, check=True)
+    return {world: _failures(world[1], _place(world, folder)) for world in worlds}
+
+
+def names(module: str, size: int) -> list[str]:
+    """The checks of a module that a world of this size can run, and that it ends as it should."""
+    found = importlib.import_module(f"tests.distributed.{module}").CHECKS
+    return [*(name for name, check in found.items() if size in getattr(check, "sizes", (2, 3, 4))), LEAVING]
+
+
+def _place(world: World, folder: Path) -> Path:
+    module, size = world
+    return folder / f"{module}{size}"
+
+
+def _failures(size: int, folder: Path) -> dict[str, str]:
     failures: dict[str, str] = {}
     for rank in range(size):
         result = folder / f"{rank}.json"
@@ -44,19 +52,18 @@ def run(module: str, size: int, folder: Path, limit: float = 280) -> dict[str, s
     return failures
 
 
-def names(module: str, size: int) -> list[str]:
-    """The checks of a module that a world of this size can run."""
-    found = importlib.import_module(f"tests.distributed.{module}").CHECKS
-    return [name for name, check in found.items() if size in getattr(check, "sizes", (2, 3, 4))]
+def _check(module: str, size: int, folder: Path, rank: int) -> None:
+    """What one rank does."""
+    from lightning_multinorm.strategies import (
+        end_communication,
+    )  # in the forks' parent alone, Lightning is slow to load
 
-
-def _main(module: str, size: int, folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     found = importlib.import_module(f"tests.distributed.{module}").CHECKS
     results: dict[str, str] = {}
-    for name in names(module, size):
+    for name in names(module, size)[:-1]:
         torch.manual_seed(0)
         try:
             found[name]()
@@ -65,8 +72,24 @@ def _main(module: str, size: int, folder: Path, rank: int) -> None:
             results[name] = traceback.format_exc()[-3000:]
         (folder / f"{rank}.json").write_text(json.dumps(results))
         dist.barrier()
-    dist.destroy_process_group()
+    end_communication()
+    results[LEAVING] = ", ".join(thread for thread in _threads() if "gloo" in thread)
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+
+
+def _threads() -> list[str]:
+    """The names of this process's threads, where there is a /proc."""
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+
+def _main(worlds: Sequence[World], folder: Path) -> None:
+    for module, _ in worlds:
+        importlib.import_module(f"tests.distributed.{module}")
+    for module, size in worlds:
+        place = _place((module, size), folder)
+        place.mkdir()
+        fork(size, partial(_check, module, size, place), place)
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+    _main(json.loads(sys.argv[1]), Path(sys.argv[2]))

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from lightning_multinorm.cli import main
+from lightning_multinorm.strategies import end_communication
 
 CONFIG = """
 trainer: {accelerator: cpu, max_steps: 4, val_check_interval: 2, num_sanity_val_steps: 0, log_every_n_steps: 1}
@@ -39,5 +39,5 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         main(["fit", "--config", "own.yaml"])
         main(["fit", "--config", "own.yaml", *TIED, *SPREAD])
-        dist.destroy_process_group()
+        end_communication()
     yield folder / "runs"

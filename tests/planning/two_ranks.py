@@ -14,6 +14,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from lightning_multinorm.llama.loss import token_losses
 from lightning_multinorm.llama.parallel import build_llama
 from lightning_multinorm.llama.sizes import llama_config
+from lightning_multinorm.strategies import end_communication
 
 # Odd sizes, which do not divide.
 SMALL: dict[str, Any] = {
@@ -53,7 +54,7 @@ def work(rank: int, store: str) -> None:
         }
         print(json.dumps(result), flush=True)
     dist.barrier()
-    dist.destroy_process_group()
+    end_communication()
 
 
 if __name__ == "__main__":
