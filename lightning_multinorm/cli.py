@@ -213,6 +213,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
     # ``last.ckpt`` is written anew each time, as it is meant to be.
     warnings.filterwarnings("ignore", "Detected an existing checkpoint in .*last", UserWarning)
+    # A run that goes on does so in a version of its own, and looks for its best checkpoint anew.
+    warnings.filterwarnings("ignore", "The dirpath has changed from", UserWarning)
     advertisement = "\N{ELECTRIC LIGHT BULB} Tip: For seamless cloud"
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(advertisement))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,15 +108,34 @@ def test_two_ranks_train_as_one(folder: Path) -> None:
     assert len(column(folder, "val/loss")) == 1
 
 
-def test_print_config_shows_the_merged_configuration(folder: Path) -> None:
-    printed = fit(folder, "--config", "optimizer/adamw.yaml", "--trainer.max_steps", "9", "--print_config").stdout
+def here(folder: Path, patch: pytest.MonkeyPatch, *args: str) -> Any:
+    """The exit status of ``fit`` in this process, for what ends before the training."""
+    patch.chdir(folder)
+    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    patch.setattr(sys, "argv", ["lightning_multinorm"])
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "own.yaml", *args])
+    return end.value.code
+
+
+def test_print_config_shows_the_merged_configuration(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("--config", "optimizer/adamw.yaml", "--trainer.max_steps", "9", "--print_config")
+    assert here(folder, monkeypatch, *args) in (None, 0)
+    printed = capsys.readouterr().out
     assert "class_path: torch.optim.AdamW" in printed and "max_steps: 9" in printed
+
+
+def test_an_error_of_usage_is_one_line_and_no_stack_trace(folder: Path) -> None:
+    done = fit(folder, "--config", "llama1B.yaml", status=2)
+    assert "no packaged configuration. Did you mean llama1b.yaml?" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--config", "llama1B.yaml"), "no packaged configuration. Did you mean llama1b.yaml?"),
         (("--data.source", "nowhere/*.jsonl"), "nowhere/*.jsonl"),
         (("--model.config.hidden_sise", "3"), "hidden_sise"),
         (("--model.config", '{"vocab_size": 260}'), "the model only 260: raise --model.config.vocab_size"),
@@ -123,9 +143,15 @@ def test_print_config_shows_the_merged_configuration(folder: Path) -> None:
         (("--config", "optimizer/adamw.yaml", "--norm_convergence.shadow", "false"), "shadow=True"),
     ],
 )
-def test_an_error_of_usage_is_one_line_and_no_stack_trace(args: tuple[str, ...], message: str, folder: Path) -> None:
-    done = fit(folder, *args, status=2)
-    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+def test_an_error_of_usage_names_what_is_wrong(
+    args: tuple[str, ...],
+    message: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert here(folder, monkeypatch, *args) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
