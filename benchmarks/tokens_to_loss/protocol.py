@@ -108,7 +108,7 @@ def load(name: str) -> Protocol:
     except yaml.YAMLError as error:
         raise UsageError(f"protocol {path} is no YAML: {' '.join(str(error).split())}") from None
     values = _known(content, Protocol, f"{path}", leave_out="name")
-    rows = values.get("optimizers")
+    rows = values["optimizers"]
     _require(isinstance(rows, dict) and len(rows) > 0, "optimizers", rows, "a mapping of names to rows")
     values["optimizers"] = {str(row): _optimizer(str(row), content) for row, content in rows.items()}
     protocol = Protocol(path.stem, **_tuples(values, ("configs", "seeds", "budgets", "targets")))

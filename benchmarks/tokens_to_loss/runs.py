@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
@@ -51,7 +50,7 @@ class Processes:
         """
         folder = self._root / job.name
         folder.mkdir(parents=True, exist_ok=True)
-        started = time.monotonic()
+        started, code = time.monotonic(), commit()
         with (folder / "log.txt").open("ab") as log:
             for _ in range(_ATTEMPTS):
                 status = self._wait(self._start([*command(job, self._root), "--ckpt_path", "last"], log))
@@ -69,7 +68,7 @@ class Processes:
             "threads": self._threads,
             "version": lightning_multinorm.__version__,
             "torch": version("torch"),
-            "commit": commit(),
+            "commit": code,
             "options": list(job.options),
             "log": [line.replace(str(self._root), "ROOT")[:_LOG_WIDTH] for line in lines if line][-_LOG_LINES:],
         }
@@ -170,10 +169,12 @@ def _train(run: Run) -> dict[str, list[float]]:
     return {"step": [int(step) + 1 for step in steps], "loss": [round(loss, 4) for loss in losses.tolist()]}
 
 
-@cache
 def commit() -> str:
-    """Of the working tree, with "-dirty" if files differ from it; "unknown" outside of a repository."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip() or "unknown"
+    """That is checked out, with "-changed" if what trains differs from it; "unknown" outside of a repository."""
+    found = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git("status", "--porcelain", "--", "lightning_multinorm", "configs")
+    return f"{found}-changed" if changed else found or "unknown"
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
