@@ -3,8 +3,10 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ class Job:
         names the commit that it is of. To make a run anew, delete its result and its folder.
         """
         contents = [
-            yaml.safe_load(Path(find_config(value)).read_text(encoding="utf-8"))
+            _content(find_config(value))
             for option, value in zip(self.options, self.options[1:], strict=False)
             if option == "--config"
         ]
@@ -52,6 +54,16 @@ class Job:
     def name(self) -> str:
         """Of its folder and its result."""
         return f"{self.optimizer}-{self.lr:g}-{self.seed}-{self.fraction:g}-{self.key}"
+
+
+def _content(path: str) -> Any:
+    return _parsed(path, os.stat(path).st_mtime_ns)
+
+
+@lru_cache
+def _parsed(path: str, changed: int) -> Any:
+    """Parsing is slow, and asked for by the hundred."""
+    return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
