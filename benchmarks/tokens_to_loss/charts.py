@@ -6,20 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.tokens_to_loss.plan import Result
 from benchmarks.tokens_to_loss.protocol import Protocol
 from benchmarks.tokens_to_loss.summary import Row
+from lightning_multinorm.report.runs import Numbers
 
 _COLOURS = (
-    "#d1495b",
-    "#2e6f95",
-    "#6a994e",
-    "#b26a00",
-    "#7b5ea7",
-    "#444444",
-    "#00838f",
-    "#ad1457",
-    "#8d6e63",
-    "#5c6bc0",
+    *("#d1495b", "#2e6f95", "#6a994e", "#b26a00", "#7b5ea7", "#444444", "#00838f", "#ad1457", "#8d6e63", "#5c6bc0"),
+    *("#9e9d24", "#26a69a", "#ef6c00", "#90a4ae", "#c2185b", "#1b5e20", "#795548", "#0277bd", "#6a1b9a", "#bf360c"),
 )
 
 
@@ -58,8 +52,9 @@ def _curves(axes: Any, rows: Sequence[Row], colours: dict[str, str], protocol: P
     highest = max(max(row.losses) for row in rows if row.name in protocol.targets or min(row.losses) < lowest + 1.0)
     ends = []
     for row in rows:
-        tokens = np.array(row.results[0].validation["tokens"]) / 1e6
-        losses = np.array([run.validation["loss"] for run in row.results])
+        tokens = _millions(row.results[0])
+        # On one axis: an interrupted run may lack a validation.
+        losses = np.array([np.interp(tokens, _millions(run), run.validation["loss"]) for run in row.results])
         wide = row.name in protocol.targets
         style = {"color": colours[row.name], "linewidth": 2.2 if wide else 1.4}
         axes.plot(tokens, losses.mean(0), "--" if wide else "-", **style)
@@ -72,13 +67,17 @@ def _curves(axes: Any, rows: Sequence[Row], colours: dict[str, str], protocol: P
     bottom, top = lowest - 0.08 * span - 0.02, highest + 0.5 * span + 0.1
     places = _apart([end for end, _, _ in ends], 0.035 * (top - bottom))
     for (end, x, name), place in zip(ends, places, strict=True):
-        arrow = {"arrowstyle": "-", "color": colours[name], "linewidth": 0.5}
         text, where = f"{name}  {end:.3f}", (x * 1.03, min(place, top))
+        arrow = {"arrowstyle": "-", "color": colours[name], "linewidth": 0.5, "relpos": (0, 0.5)}
         axes.annotate(text, (x, min(end, top)), where, va="center", color=colours[name], arrowprops=arrow)
     axes.set(xlabel="tokens, millions", ylabel="validation loss, nats/token", ylim=(bottom, top))
-    axes.set_xlim(0, ends[0][1] * 1.2)
+    axes.set_xlim(0.2 * ends[0][1], ends[0][1] * 1.2)
     axes.set_title("Mean over seeds at the tuned rate; dots: budgets with schedules of their own", loc="left")
     _plain(axes, "y")
+
+
+def _millions(run: Result) -> Numbers:
+    return np.array(run.validation["tokens"]) / 1e6
 
 
 def _shares(axes: Any, rows: Sequence[Row], colours: dict[str, str], protocol: Protocol) -> None:
@@ -87,19 +86,16 @@ def _shares(axes: Any, rows: Sequence[Row], colours: dict[str, str], protocol: P
     shown = [row for row in rows if row.reached.get(target)]
     for place, row in enumerate(reversed(shown)):
         reached = row.reached[target]
-        bars = (("along the curve", reached.along, 0.19, 0.4), ("own schedule", reached.own, -0.19, 1.0))
-        for label, shares, shift, alpha in bars:
+        bars = [(reached.along, 0.4)] + [(reached.own, 1.0)] * (len(row.budgets) > 1)
+        for (shares, alpha), shift in zip(bars, (0.19, -0.19) if len(bars) > 1 else (0.0,), strict=True):
             found = [share for share in shares if share is not None]
-            tried = label == "along the curve" or len(row.budgets) > 1
-            if len(found) == len(shares) and tried:
-                value = float(np.mean(found))
-                axes.barh(place + shift, value, 0.34, color=colours[row.name], alpha=alpha, linewidth=0)
-                axes.text(value + 0.01, place + shift, f"{value:.2f}", va="center", fontsize=8)
-            elif tried:
-                axes.text(0.01, place + shift, f"{label}: {len(found)} of {len(shares)} seeds", va="center", fontsize=8)
+            value = float(np.mean(found)) if len(found) == len(shares) else 0.0
+            axes.barh(place + shift, value, 0.34, color=colours[row.name], alpha=alpha, linewidth=0)
+            text = f"{value:.2f}" if value else f"{len(found)} of {len(shares)} seeds come there"
+            axes.text(value + 0.01, place + shift, text, va="center", fontsize=8)
     axes.set_yticks(range(len(shown)), [row.name for row in reversed(shown)])
     axes.axvline(1, color="#444444", linewidth=0.8, linestyle=":")
-    axes.set(xlim=(0, 1.15), xlabel=f"share of {target}'s tokens")
+    axes.set(xlim=(0, 1.15), ylim=(-0.6, len(shown) - 0.4), xlabel=f"share of {target}'s tokens")
     axes.set_title(f"To the final loss of tuned {target}\npale: along the curve; full: own schedule", loc="left")
     _plain(axes, "x")
 

@@ -25,10 +25,9 @@ def columns(protocol: Protocol, row: Row) -> dict[str, str]:
     }
     for target in protocol.targets:
         reached = row.reached.get(target)
-        cells[f"tokens to {target}'s, along"] = share_text(reached.along if reached else [])
-        own = share_text(reached.own if reached else [])
-        cells[f"tokens to {target}'s, own schedule"] = own if len(row.budgets) > 1 or own == "–" else f"{own} *"
-        cells[f"time to {target}'s, along"] = share_text(reached.along_seconds if reached else [])
+        cells[f"to {target}: along"] = share_text(reached.along if reached else [])
+        cells[f"to {target}: own"] = share_text(reached.own if reached and len(row.budgets) > 1 else [])
+        cells[f"to {target}: time"] = share_text(reached.along_seconds if reached else [])
     return {**cells, "state, MiB": "–" if row.state_mib is None else f"{row.state_mib:.2f}"}
 
 
@@ -88,12 +87,12 @@ def markdown(protocol: Protocol, rows: Sequence[Row]) -> str:
 def _explanations(protocol: Protocol) -> list[str]:
     seeds, budgets = len(protocol.seeds), ", ".join(f"{budget:g}" for budget in (*protocol.budgets, 1.0))
     return [
-        f"Means over {seeds} seed(s), ± standard deviation. *Tokens to X's*: until the validation loss with which the",
+        f"Means over {seeds} seed(s), ± standard deviation. *To X*: tokens until the validation loss with which the",
         "tuned X ended with the same seed, over X's tokens. *Along*: on the curve of the full budget, between two",
-        "validations on a line. *Own schedule*: of the shortest budget with a schedule of its own that ends no higher,",
-        f"out of {budgets}; \\*: trained for the full one only. *Time*: of training alone, the first step's",
-        "compilation included, beside other runs on the machine. *(edge)*: the best rate is the last that was tried.",
-        "*State*: of the optimizer.",
+        "validations on a line. *Own*: of the shortest budget with a schedule of its own that ends no higher, out of",
+        f"{budgets}; 1: the next shorter was not enough. *Time*: seconds of training *along* the",
+        "curve, likewise, the first step's compilation included, beside other runs. *(edge)*: the best rate is",
+        "the last that was tried. *State*: of the optimizer.",
     ]
 
 

@@ -124,6 +124,8 @@ def harvest(job: Job, folder: Path, status: int, measured: Mapping[str, Any]) ->
     validation = _validation(run)
     whole = bool(validation["step"]) and validation["step"][-1] == job.steps
     failure = f"exit status {status}" if status else None if whole else "no finite validation loss at its last step"
+    if failure and not status and len(_logs(folder)) > 1:
+        failure += "; if an interruption broke it off, delete this result and the run's folder"
     values = {field: value for field, value in asdict(job).items() if field != "options"}
     state = run.last("memory/optimizer_state_mib")
     return Result(
@@ -139,12 +141,16 @@ def harvest(job: Job, folder: Path, status: int, measured: Mapping[str, Any]) ->
 def _metrics(folder: Path) -> dict[str, Series]:
     """Of all versions of a run together: each began where the one before was interrupted."""
     found: dict[str, dict[float, float]] = {}
-    logs = sorted(folder.glob(f"version_*/{LOG}"), key=lambda log: int(log.parent.name.rpartition("_")[2]))
-    for log in logs:
+    for log in _logs(folder):
         for name, series in read_metrics(log).items():
             found.setdefault(name, {}).update(zip(series.steps.tolist(), series.values.tolist(), strict=True))
     merged = {name: sorted(values.items()) for name, values in found.items()}
     return {name: Series(*map(np.array, zip(*values, strict=True))) for name, values in merged.items()}
+
+
+def _logs(folder: Path) -> list[Path]:
+    """Of its versions, in their order."""
+    return sorted(folder.glob(f"version_*/{LOG}"), key=lambda log: int(log.parent.name.rpartition("_")[2]))
 
 
 def _validation(run: Run) -> dict[str, list[float]]:
