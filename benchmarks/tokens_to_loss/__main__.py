@@ -58,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> None:
             console.print(line(result), highlight=False, soft_wrap=True)
             report.write(protocol, summarise(protocol, study.known), options.out)
     except KeyboardInterrupt:
-        console.print("Interrupted; the same command goes on.")
+        sys.exit("Interrupted; the same command goes on.")
     finish(study, options.out, console)
     sys.exit(1 if study.refused else 0)
 
