@@ -294,7 +294,8 @@ def test_what_a_process_ends_with(protocol: Protocol, tmp_path: Path, monkeypatc
     with pytest.raises(UsageError, match=r"was refused: error: no such option"):
         shell("echo error: no such option; exit 2")(begun)
     with pytest.raises(UsageError, match=r"ended from outside 3 times, status -15"):
-        shell("echo tried >> tried; kill -TERM $$")(begun)
+        shell("echo tried; kill -TERM $$")(begun)
+    assert (tmp_path / begun.name / "log.txt").read_text().count("tried") == 3
 
 
 def test_stopping_ends_what_runs(protocol: Protocol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
