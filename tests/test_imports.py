@@ -65,6 +65,7 @@ FLOORS = {
     "optim.hyperparameters": 7,
     "optim.scalings": 7,
     "optim.stateless": 7,
+    "optim.operator_norm": 8,
     "optim.groups": 8,
     "optim.base": 9,
     "optim.release": 10,
