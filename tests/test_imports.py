@@ -68,6 +68,7 @@ FLOORS = {
     "optim.operator_norm": 8,
     "optim.groups": 8,
     "optim.base": 9,
+    "optim.rates": 10,
     "optim.release": 10,
     "optim.shadow": 10,
     "optim.combined": 10,

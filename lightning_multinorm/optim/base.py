@@ -42,7 +42,7 @@ class MultiNormOptimizer(Optimizer):
 
     Group keys beside ``params``: "rule" ("multinorm", "adam" or a rule of `stateless`), "view" (how a parameter lies
     as a matrix), "name", "lr", "lr_scale", "weight_decay" and "stochastic_rounding". The effective learning rate is
-    ``lr · lr_scale``, so every scheduler of torch works unchanged.
+    ``lr · lr_scale``, so every scheduler of torch works unchanged. A "lr_factor" is multiplied into the lr_scale.
 
     Parameters may be whole (on one device, or on every rank of DDP), DTensors on any mesh (FSDP2, HSDP, tensor
     parallelism), or FSDP1's slices; with sharded ones ``step`` is a collective call.
@@ -102,7 +102,7 @@ class MultiNormOptimizer(Optimizer):
         self._nameless = self._nameless or nameless
         self._slices.update(slices)
         for part in parts:
-            part.setdefault("lr_scale", self._lr_scales[part["rule"]])
+            part["lr_scale"] = part.get("lr_scale", self._lr_scales[part["rule"]]) * part.pop("lr_factor", 1.0)
             for name in ("lr", "lr_scale", "weight_decay"):
                 if not part.get(name, 0) >= 0:
                     raise ValueError(f"{owner}: {name}={part[name]} of group {part.get('name')} must not be negative")
@@ -116,7 +116,7 @@ class MultiNormOptimizer(Optimizer):
 
     @property
     def width_exponent(self) -> float:
-        """By what power of the width the best rate of multi-normalised matrices falls: see `width`."""
+        """By what power of the width the best rate of multi-normalised matrices falls: see `rates`."""
         return 1.0
 
     @overload

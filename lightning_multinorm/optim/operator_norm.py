@@ -68,30 +68,28 @@ class Scaled:
 
     def _gram(self, v: Tensor) -> Tensor:
         """XᵀX v."""
-        y, z = torch.zeros_like(self.r), torch.zeros_like(self.c)
+        v, y, z = self.c * v, torch.zeros_like(self.r), torch.zeros_like(self.c)
         for k, matrix in enumerate(self.matrices):
-            for rows, columns, X in self._blocks(k, matrix):
-                own = X @ v[columns]
+            for rows, columns, G in self._blocks(k, matrix):
+                own, r = G @ v[columns], self.r[rows]
                 y[rows] += own
                 if not matrix.row_groups:  # rows are complete
-                    z[columns] += own @ X
+                    z[columns] += (r * (r * own)) @ G  # never r²: it would leave the range
         reduce_((y,), zip(self.rows, (matrix.row_groups for matrix in self.matrices), strict=True))
         for k, matrix in enumerate(self.matrices):
-            for rows, columns, X in self._blocks(k, matrix) if matrix.row_groups else ():
-                z[columns] += y[rows] @ X
+            for rows, columns, G in self._blocks(k, matrix) if matrix.row_groups else ():
+                r = self.r[rows]
+                z[columns] += (r * (r * y[rows])) @ G
         reduce_((z,), zip(self.columns, (matrix.column_groups for matrix in self.matrices), strict=True))
-        return z
+        return z.mul_(self.c)
 
     def _blocks(self, k: int, matrix: ShardedMatrix) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Blocks of X in one buffer, and where they lie among all rows and columns."""
+        """Blocks of rows of G, and where they lie among all rows and columns."""
         for piece in matrix.pieces:
             first, columns = self._place(k, piece)
-            buffer = None
             for block in row_blocks(piece.gradient):
-                G = piece.gradient[block]
                 rows = slice(first.start + block.start, first.start + block.stop)
-                buffer = self.r.new_empty(G.shape) if buffer is None else buffer[: len(G)]
-                yield rows, columns, torch.mul(G, self.r[rows, None], out=buffer).mul_(self.c[columns])
+                yield rows, columns, piece.gradient[block].to(self.r.dtype)
 
     def _place(self, k: int, piece: Piece) -> tuple[slice, slice]:
         (rows, columns), i, j = place(piece), self.rows[k].start, self.columns[k].start

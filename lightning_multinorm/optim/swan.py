@@ -94,6 +94,11 @@ class SWAN(MultiNormOptimizer):
         }
         super().__init__(params, defaults, matrix_lr_scale=matrix_lr_scale, fallback_lr_scale=fallback_lr_scale)
 
+    @property
+    def width_exponent(self) -> float:
+        """The spectral norm of a whitened update with entries of RMS 1 grows as √width."""
+        return 0.5
+
     def _update_(self, batch: Batch, group: Group) -> Measured | None:
         return apply_normalized_(batch, _normalize(group, batch.observe))
 
