@@ -353,3 +353,6 @@ class MultiNormOptimizer(Optimizer):
         self._numbers, self._places = {}, {}
         self.__dict__.setdefault("_nameless", False)
         super().__setstate__(state)
+        for group in self.param_groups:  # of a checkpoint that is older than an option
+            for name in self._scheme:
+                group.setdefault(name, self.defaults.get(name))
