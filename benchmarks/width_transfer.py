@@ -1,6 +1,6 @@
 """Whether a learning rate found on a narrow LLaMA carries over to a wide one: SinkGD's, by three ways to scale it.
 
-``python -m benchmarks.width_transfer [--widths 128 256 512 1024] [--steps 100] [--only plain operator base_width]``
+``python -m benchmarks.width_transfer [--widths 128 256 512] [--steps 300] [--only plain operator base_width]``
 
 Small models of two layers on the quickstart's data, the same batches for all. Of every way and width the loss is found
 at the rates around the best, on a grid of factors of two, until the best is no longer at an edge; runs that the results
@@ -30,7 +30,7 @@ from lightning_multinorm.schedules import WarmupCosine
 RESULTS = Path(__file__).parent / "results" / "width_transfer.json"
 BASE = 128
 ROWS, LENGTH, VALIDATION = 8, 64, 32  # rows of a batch, tokens of a row, batches of validation
-START = 0.02
+START = 0.01
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "base_width": {"base_width": BASE},
@@ -192,8 +192,8 @@ def draw(sweep: Sweep, folder: Path) -> None:
 def main() -> None:
     """Parse the command line, run what is missing, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512, 1024])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--only", nargs="+", choices=OPTIONS, default=list(OPTIONS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()

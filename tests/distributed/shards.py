@@ -152,8 +152,9 @@ def on_two_dimensions(name: str, maker: str) -> None:
 
 def views(view: str, dim: int) -> None:
     shape = {"convolution": (9, 4, 3, 3), "transposed": (7, 10), "batch": (5, 6, 8), "qkv": (21, 6)}[view]
-    for make in (SinkGD, partial(SinkGD, kernel="eager"), MAKERS["operator"], MAKERS["multinormgd"]):
+    for make in (SinkGD, partial(SinkGD, kernel="eager"), MAKERS["multinormgd"]):
         compare(flat_mesh(), (Shard(dim),), [shape, shape], make, view=view)
+    compare(flat_mesh(), (Shard(dim),), [shape, shape], MAKERS["operator"], view=view, tolerance=3e-5)
 
 
 def other_dtypes() -> None:
