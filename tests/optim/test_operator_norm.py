@@ -127,3 +127,14 @@ def test_a_step_changes_outputs_by_the_rate_at_most_whatever_the_width() -> None
         update = _update(torch.outer(torch.randn(32), x) + 0.1 * torch.randn(32, n)) * 0.1
         x = x * n**0.5 / x.norm()
         assert 0.05 < (update @ x).square().mean().sqrt() < 0.1 * (1 + LOW)
+
+
+def test_a_checkpoint_older_than_the_option_loads() -> None:
+    weight = nn.Parameter(torch.zeros(6, 8))
+    weight.grad = torch.randn(6, 8)
+    optimizer = SinkGD([("w.weight", weight)])
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["rescale"]
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert weight.detach().square().mean().sqrt().item() == pytest.approx(1e-3, rel=1e-3)
