@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
@@ -169,7 +168,13 @@ def table(sweep: Sweep) -> Table:
 
 
 def draw(sweep: Sweep, folder: Path) -> None:
-    """Loss against rate, one panel for each way, one line for each width."""
+    """Loss against rate, one panel for each way, one line for each width; needs Matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "width_transfer"})
+    from matplotlib import pyplot as plt
+
     options = [option for option in OPTIONS if any(run["option"] == option for run in sweep.runs)]
     figure, axes = plt.subplots(1, len(options), figsize=(3.4 * len(options), 3.2), sharey=True, squeeze=False)
     for panel, option in zip(axes[0], options, strict=True):

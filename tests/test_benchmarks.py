@@ -55,5 +55,3 @@ def test_width_transfer_looks_until_the_best_rate_has_neighbours(
     rows = {(row["option"], row["width"]): row for row in sweep.transfer()}
     assert rows["plain", 256]["best_lr"] == 0.01 and rows["plain", 256]["excess"] == pytest.approx(0.25)
     assert rows["base_width", 128]["excess"] == 0
-    width_transfer.draw(sweep, tmp_path)
-    assert (tmp_path / "found.svg").exists()
