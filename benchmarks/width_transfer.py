@@ -176,7 +176,9 @@ def draw(sweep: Sweep, folder: Path) -> None:
     from matplotlib import pyplot as plt
 
     options = [option for option in OPTIONS if any(run["option"] == option for run in sweep.runs)]
-    figure, axes = plt.subplots(1, len(options), figsize=(3.4 * len(options), 3.2), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(options), figsize=(3.4 * len(options), 3.2), sharex=True, sharey=True, squeeze=False
+    )
     for panel, option in zip(axes[0], options, strict=True):
         widths = sorted({run["width"] for run in sweep.runs if run["option"] == option})
         for k, width in enumerate(widths):
@@ -185,6 +187,9 @@ def draw(sweep: Sweep, folder: Path) -> None:
             panel.plot(*zip(*points, strict=True), "o-", color=colour, label=f"width {width}", markersize=4)
         panel.axvline(sweep.best(widths[0], option), color="grey", linewidth=0.8, linestyle=":")
         panel.set(xscale="log", xlabel="learning rate", title=option)
+        rates = sorted({run["lr"] for run in sweep.runs})
+        panel.set_xticks(rates, [f"{lr:g}" for lr in rates], rotation=90)
+        panel.minorticks_off()
         panel.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("validation loss (nats per token)")
     axes[0][0].legend(frameon=False)
