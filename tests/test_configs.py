@@ -30,12 +30,15 @@ PROTOCOL = {
     "stochastic_rounding": True,
     "tolerance": 0.01,  # for iterations: auto alone
     "max_iterations": 10,
+    "rescale": "rms",
 }
 BASELINES = ("muon", "galore", "apollo", "apollo_mini", "fira", "adamw8bit")  # see test_baselines.py
 OVERLAYS = [name for name in packaged_configs() if "/" in name and Path(name).stem not in BASELINES]
 OPTIMIZERS = {
     "sinkgd": SinkGD,
     "swan": SWAN,
+    "sinkhorn_whitening": SWAN,
+    "operator": SinkGD,
     "multinorm": MultiNormGD,
     "stateless": SinkGD,
     "adamw": torch.optim.AdamW,

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from lightning_multinorm.layouts.dtensors import held_indices, is_dtensor, matrices_of_dtensor
 from lightning_multinorm.layouts.flat import FlatSlice, flat_slices, is_flat_slice, matrices_of_slice
-from lightning_multinorm.layouts.matrix import Groups, Piece, ShardedMatrix
+from lightning_multinorm.layouts.matrix import Groups, Piece, ShardedMatrix, unsharded
 from lightning_multinorm.views import View
 
 __all__ = [
     "FlatSlice", "Groups", "Piece", "ShardedMatrix", "all_reduce_", "clean", "cut", "flat_slices", "gather",
-    "is_dtensor", "is_flat_slice", "local", "locate", "named_tensors", "own", "reduce_", "whole",
+    "is_dtensor", "is_flat_slice", "local", "locate", "named_tensors", "own", "reduce_", "unsharded", "whole",
 ]  # fmt: skip
 
 _WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_forward_module\.|_orig_mod\.|_checkpoint_wrapped_module\.")

@@ -1,8 +1,10 @@
 """What a rank holds of a matrix."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 Groups = tuple[Any, ...]
@@ -55,3 +57,17 @@ class ShardedMatrix:
     def column_frames(self) -> Groups:
         """Likewise for columns."""
         return (() if self.flat else self.row_groups) + self.batch_groups
+
+
+def unsharded(weights: Tensor, gradients: Tensor) -> list[ShardedMatrix]:
+    """Whole matrices (..., m, n), each as the shard of a matrix that no other rank has a part of."""
+    return [_alone(W, G) for W, G in zip(_unbound(weights), _unbound(gradients), strict=True)]
+
+
+def _alone(W: Tensor, G: Tensor) -> ShardedMatrix:
+    (m, n), pieces = W.shape, (Piece(W, G, 0, 0),) if W.numel() else ()
+    return ShardedMatrix((m, n), (m, n), pieces, torch.arange(m), torch.arange(n), (), ())
+
+
+def _unbound(tensor: Tensor) -> Sequence[Tensor]:
+    return [tensor] if tensor.ndim == 2 else tensor.flatten(0, -3).unbind()

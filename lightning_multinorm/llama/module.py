@@ -24,6 +24,7 @@ from lightning_multinorm.optim import SinkGD, parameter_groups
 from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.groups import Policy, Rule
 from lightning_multinorm.optim.hyperparameters import hyperparameters, restore_hyperparameters
+from lightning_multinorm.optim.rates import apply_lr_factors, transfer_rates
 from lightning_multinorm.optim.release import release_gradients
 from lightning_multinorm.schedules import WarmupCosine, WarmupSchedule
 from lightning_multinorm.strategies import ShardedStrategy, check_release, is_flat
@@ -60,13 +61,20 @@ class LlamaPretraining(LightningModule):
             optimizer state) or a mapping of kinds to rules; see `parameter_groups`.
         rules: regular expressions on parameter names to rules ("multinorm", "adam", ...), before the policy; first
             match wins.
+        lr_scales: kinds ("matrix", "embedding", "head", "norm", "bias") or regular expressions on parameter names to
+            factors on the effective learning rate; first match wins. Works with any optimizer.
+        base_width: the hidden_size that the learning rate was tuned at. The rate of matrices and of the output head
+            is then scaled for this model's as `rates.transfer_rates` says, the rest kept: by base_width / hidden_size
+            under SinkGD and AdamW, as ``lr_scales={"matrix": ..., "head": ...}`` would; under SinkGD with
+            ``rescale="operator"`` that of the head alone. Null (default) scales nothing. Factors of ``lr_scales``
+            are multiplied with it.
         activation_checkpointing: keep only the inputs of blocks for the backward pass, and compute the rest again:
             much less memory for a third more work. Default: False.
         gradient_release: update each parameter inside the backward pass and free its gradient at once; on one device or
             under fsdp2, without accumulation, clipping and float16. Default: False.
 
     Raises:
-        UsageError: for an unknown size or field of the configuration.
+        UsageError: for an unknown size or field of the configuration, or a base_width that is not positive.
     """
 
     def __init__(
@@ -77,6 +85,8 @@ class LlamaPretraining(LightningModule):
         scheduler: LRSchedulerCallable | None = WarmupCosine,
         policy: Policy = "paper",
         rules: dict[str, Rule] | None = None,
+        lr_scales: dict[str, float] | None = None,
+        base_width: int | None = None,
         activation_checkpointing: bool = False,
         gradient_release: bool = False,
     ) -> None:
@@ -87,6 +97,10 @@ class LlamaPretraining(LightningModule):
         self.scheduler = scheduler
         self.policy = policy
         self.rules = rules
+        self.lr_scales = lr_scales
+        if base_width is not None and base_width < 1:
+            raise UsageError(f"model.base_width={base_width} must be a width, or null")
+        self.base_width = base_width
         self.activation_checkpointing = activation_checkpointing
         self.gradient_release = gradient_release
         self.model: LlamaForCausalLM | None = None
@@ -178,7 +192,12 @@ class LlamaPretraining(LightningModule):
         if trainer is not None and is_flat(trainer):  # only the outermost wrapper knows what its own slices are
             model = trainer.strategy.model
         with _usage():
-            optimizer = self.optimizer(parameter_groups(model, policy=self.policy, overrides=self.rules))
+            optimizer = self.optimizer(
+                parameter_groups(model, policy=self.policy, overrides=self.rules, lr_scales=self.lr_scales)
+            )
+            apply_lr_factors(optimizer)
+            if self.base_width is not None:
+                transfer_rates(optimizer, self.llama_config.hidden_size / self.base_width)
         replicated = trainer is not None and isinstance(trainer.strategy, DDPStrategy)
         if replicated and isinstance(optimizer, MultiNormOptimizer):
             optimizer.replicas = torch.distributed.group.WORLD

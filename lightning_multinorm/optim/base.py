@@ -42,7 +42,7 @@ class MultiNormOptimizer(Optimizer):
 
     Group keys beside ``params``: "rule" ("multinorm", "adam" or a rule of `stateless`), "view" (how a parameter lies
     as a matrix), "name", "lr", "lr_scale", "weight_decay" and "stochastic_rounding". The effective learning rate is
-    ``lr · lr_scale``, so every scheduler of torch works unchanged.
+    ``lr · lr_scale``, so every scheduler of torch works unchanged. A "lr_factor" is multiplied into the lr_scale.
 
     Parameters may be whole (on one device, or on every rank of DDP), DTensors on any mesh (FSDP2, HSDP, tensor
     parallelism), or FSDP1's slices; with sharded ones ``step`` is a collective call.
@@ -102,7 +102,7 @@ class MultiNormOptimizer(Optimizer):
         self._nameless = self._nameless or nameless
         self._slices.update(slices)
         for part in parts:
-            part.setdefault("lr_scale", self._lr_scales[part["rule"]])
+            part["lr_scale"] = part.get("lr_scale", self._lr_scales[part["rule"]]) * part.pop("lr_factor", 1.0)
             for name in ("lr", "lr_scale", "weight_decay"):
                 if not part.get(name, 0) >= 0:
                     raise ValueError(f"{owner}: {name}={part[name]} of group {part.get('name')} must not be negative")
@@ -113,6 +113,11 @@ class MultiNormOptimizer(Optimizer):
                     check_view(slices[parameter].shape if parameter in slices else parameter.shape, part["view"])
             super().add_param_group(part)
         self._numbers, self._places = {}, {}
+
+    @property
+    def width_exponent(self) -> float:
+        """By what power of the width the best rate of multi-normalised matrices falls: see `rates`."""
+        return 1.0
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -348,3 +353,6 @@ class MultiNormOptimizer(Optimizer):
         self._numbers, self._places = {}, {}
         self.__dict__.setdefault("_nameless", False)
         super().__setstate__(state)
+        for group in self.param_groups:  # of a checkpoint that is older than an option
+            for name in self._scheme:
+                group.setdefault(name, self.defaults.get(name))

@@ -16,7 +16,7 @@ def check_hyperparameters(owner: str, values: dict[str, Any]) -> None:
             raise ValueError(f"{owner}: {name}={values[name]} must not be negative")
     if len(values["betas"]) != 2 or not all(0 <= beta < 1 for beta in values["betas"]):
         raise ValueError(f"{owner}: betas={values['betas']} must be two numbers in [0, 1)")
-    if "iterations" in values:
+    if "tolerance" in values:
         check_iterations(owner, values["iterations"], values["tolerance"], values["max_iterations"])
 
 

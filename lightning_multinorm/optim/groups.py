@@ -48,6 +48,7 @@ def parameter_groups(
     *,
     policy: Policy = "paper",
     overrides: Mapping[str, Rule] | None = None,
+    lr_scales: Mapping[str, float] | None = None,
     split_qkv: bool = True,
 ) -> list[Group]:
     """Group the trainable parameters of a model by what they are, for `SinkGD` and its family, or any optimizer.
@@ -59,6 +60,10 @@ def parameter_groups(
             papers' policy, such as ``{"embedding": "row_power"}``.
         overrides: regular expressions, searched for in the parameters' names, to rules; the first that matches wins
             over the policy.
+        lr_scales: kinds ("matrix", "embedding", "head", "norm", "bias") or regular expressions, searched for in the
+            parameters' names, to factors on the effective learning rate; the first that matches wins, and what none
+            matches keeps its rate. Groups get them as "lr_factor", which `SinkGD` and its family honour; give any
+            other optimizer to `rates.apply_lr_factors`.
         split_qkv: normalise the packed q, k and v of `torch.nn.MultiheadAttention` each for itself (default), as the
             paper does with LLaMA's separate ones, instead of as one matrix.
 
@@ -67,22 +72,24 @@ def parameter_groups(
         that FSDP1 has wrapped (give the wrapper), also "slices", which say what of each parameter this rank holds.
 
     Raises:
-        ValueError: for an unknown kind or rule, an override that matches nothing, or a vector that is to be
-            normalised as a matrix.
+        ValueError: for an unknown kind or rule, an override or lr_scale that matches nothing, a negative lr_scale, or a
+            vector that is to be normalised as a matrix.
     """
     rules = _rules(policy)
-    overrides = overrides or {}
+    overrides, lr_scales = overrides or {}, lr_scales or {}
     slices = flat_slices(model)
     named = {clean(name): parameter for name, parameter in model.named_parameters()}
     _check_overrides(overrides, list(named))
     routes = route_model(model, split_qkv=split_qkv, shapes={p: place.shape for p, place in slices.items()})
+    _check_lr_scales(lr_scales, {name: route.kind for name, route in routes.items()})
     groups: dict[str, Group] = {}
     for name, parameter in named.items():
         if not parameter.requires_grad:
             continue
         route = routes[name]
         rule = next((rule for pattern, rule in overrides.items() if re.search(pattern, name)), rules[route.kind])
-        group = _add(groups, name, parameter, route, rule, rules[route.kind], slices.get(parameter))
+        factor = next((x for pattern, x in lr_scales.items() if _selects(pattern, name, route.kind)), 1.0)
+        group = _add(groups, name, parameter, route, rule, rules[route.kind], slices.get(parameter), factor)
         if parameter in slices:
             group.setdefault("slices", {})[parameter] = slices[parameter]
     return list(groups.values())
@@ -147,11 +154,14 @@ def _add(
     rule: Rule,
     default: Rule,
     place: FlatSlice | None = None,
+    lr_factor: float = 1.0,
 ) -> Group:
     view = route.view if rule in _MATRIX_RULES else "matrix"
     label = route.kind if view == "matrix" else f"{route.kind}-{view}"
     if rule != default:
         label += f"-{rule}"
+    if lr_factor != 1:
+        label += f"-lr×{lr_factor:.12g}"
     if rule in _MATRIX_RULES:
         try:
             check_view(parameter.shape if place is None else place.shape, route.view)
@@ -161,6 +171,8 @@ def _add(
                 f"{name or 'a parameter'} cannot be {verb}: {error}; give it 'adam', or 'sign', which needs no state"
             ) from None
     group = groups.setdefault(label, {"name": label, "rule": rule, "view": view, "params": []})
+    if lr_factor != 1:
+        group["lr_factor"] = lr_factor
     group["params"].append(parameter if name is None else (name, parameter))
     return group
 
@@ -185,9 +197,32 @@ def _check_overrides(overrides: Mapping[str, Rule], names: list[str]) -> None:
     for pattern, rule in overrides.items():
         if rule not in get_args(Rule):
             raise ValueError(f"overrides[{pattern!r}]={rule!r} is no rule; use one of {', '.join(get_args(Rule))}")
-        try:
-            compiled = re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"overrides[{pattern!r}] is no regular expression: {error}") from None
-        if not any(compiled.search(name) for name in names):
+        _check_pattern("overrides", pattern)
+        if not any(re.search(pattern, name) for name in names):
             raise ValueError(f"overrides[{pattern!r}] matches no parameter; names are such as {names[:3]}")
+
+
+def _check_lr_scales(lr_scales: Mapping[str, float], kinds: Mapping[str, Kind]) -> None:
+    for pattern, factor in lr_scales.items():
+        if not 0 <= factor < float("inf"):
+            raise ValueError(f"lr_scales[{pattern!r}]={factor} must be a number from 0 up")
+        _check_pattern("lr_scales", pattern)
+        if not any(_selects(pattern, name, kind) for name, kind in kinds.items()):
+            found = ", ".join(sorted(set(kinds.values())))
+            found = ", ".join(sorted(set(kinds.values())))
+            raise ValueError(
+                f"lr_scales[{pattern!r}] matches no parameter; the model has the kinds {found}, and names such as "
+                f"{list(kinds)[:3]}"
+            )
+
+
+def _selects(pattern: str, name: str, kind: Kind) -> bool:
+    """The name of a kind means that kind, anything else is searched for in names."""
+    return pattern == kind if pattern in get_args(Kind) else re.search(pattern, name) is not None
+
+
+def _check_pattern(owner: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{owner}[{pattern!r}] is no regular expression: {error}") from None

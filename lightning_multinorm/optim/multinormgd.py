@@ -76,6 +76,11 @@ class MultiNormGD(MultiNormOptimizer):
         }
         super().__init__(params, defaults, matrix_lr_scale=matrix_lr_scale, fallback_lr_scale=fallback_lr_scale)
 
+    @property
+    def width_exponent(self) -> float:
+        """As SWAN's if a norm is spectral, else as SinkGD's."""
+        return 0.5 if any(norm.name == "spectral" for norm in self.norms) else 1.0
+
     def _update_(self, batch: Batch, group: Group) -> Measured | None:
         return apply_normalized_(batch, self._normalize(batch.iterations, batch.observe))
 

@@ -114,7 +114,7 @@ def sharded_weight_squares(jobs: Sequence[Job], like: Tensor) -> Tensor:
 
 def observe_sharded(measured: Measured, jobs: Sequence[Job], weights: Tensor) -> list[Observation]:
     """Of each parameter, from all jobs, in their order; a collective call."""
-    rows, live = _whole_rows(measured.rows, jobs), _live_columns(measured.columns, jobs)
+    rows, live = _whole_rows(measured.rows, jobs), live_columns(measured.columns, jobs)
     sums = weights.new_zeros(len(measured.residuals), _SUMS, dtype=_wide(weights))
     shapes, shares = tuple(job.matrix.shape for job in jobs), tuple(job.matrix.share for job in jobs)
     by_job = _sums([row.unsqueeze(0) for row in rows], live, shapes, shares, weights, measured.mean_square)
@@ -209,8 +209,8 @@ def _whole_rows(rows: Tensor, jobs: Sequence[Job]) -> list[Tensor]:
     return list(whole)
 
 
-def _live_columns(columns: Tensor, jobs: Sequence[Job]) -> Tensor:
-    """(jobs,): over the frames of all ranks."""
+def live_columns(columns: Tensor, jobs: Sequence[Job]) -> Tensor:
+    """How many columns of each job's matrix are not zero, (jobs,), from the frames of all ranks; a collective call."""
     frames = columns.split([job.matrix.frame[1] for job in jobs])
     live = torch.stack([frame.count_nonzero() for frame in frames])
     groups = [() if job.matrix.flat else job.matrix.row_groups for job in jobs]

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_multinorm.layouts import FlatSlice, Piece, ShardedMatrix, is_dtensor, local, locate
+from lightning_multinorm.layouts import FlatSlice, ShardedMatrix, is_dtensor, local, locate, unsharded
 from lightning_multinorm.norms import MaxNorm
 from lightning_multinorm.optim.normalized import subtract_
 from lightning_multinorm.optim.scalings import Rows, column_scaling, place, row_blocks, row_scaling
@@ -100,17 +100,7 @@ def _matrices(parameter: Tensor, gradient: Tensor, view: View, place: FlatSlice 
     """The parameter's matrices; a whole one counts as a shard with no other rank."""
     if place is not None or is_dtensor(parameter):
         return locate(parameter, gradient, view, place)
-    weights, gradients = as_matrices(parameter.detach(), view), as_matrices(gradient, view, like=parameter)
-    return [_alone(W, G) for W, G in zip(_unbound(weights), _unbound(gradients), strict=True)]
-
-
-def _alone(W: Tensor, G: Tensor) -> ShardedMatrix:
-    (m, n), pieces = W.shape, (Piece(W, G, 0, 0),) if W.numel() else ()
-    return ShardedMatrix((m, n), (m, n), pieces, torch.arange(m), torch.arange(n), (), ())
-
-
-def _unbound(tensor: Tensor) -> Sequence[Tensor]:
-    return [tensor] if tensor.ndim == 2 else tensor.flatten(0, -3).unbind()
+    return unsharded(as_matrices(parameter.detach(), view), as_matrices(gradient, view, like=parameter))
 
 
 def _apply_sign_(W: Tensor, G: Tensor, lr: float | Tensor, weight_decay: float, seed: Tensor | None) -> None:

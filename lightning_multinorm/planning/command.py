@@ -49,7 +49,7 @@ class Planner:
         layout = layout_of(
             trainer.strategy, count_devices(trainer.devices if devices is None else devices), trainer.num_nodes
         )
-        groups = parameter_groups(model, policy=model.policy, overrides=model.rules)
+        groups = parameter_groups(model, policy=model.policy, overrides=model.rules, lr_scales=model.lr_scales)
         run = plan(
             model,
             model.llama_config,

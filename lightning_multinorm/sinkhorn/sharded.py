@@ -110,22 +110,21 @@ def update_(
         A tracing, or None: residuals (parameters, L, 2), equal on all ranks; rows and columns of this rank's frames of
         the jobs' matrices, one after another.
     """
-    work = _alternated(jobs, iterations, passes, like, trace)
-    owners = [job for job in jobs for _ in job.matrix.pieces]
-    seeds = [seed for job in jobs for seed in job.seeds()]
-    passes.apply_(work.parts, [job.lr for job in owners], [job.weight_decay for job in owners], seeds)
+    work = alternated(jobs, iterations, passes, like, trace=trace)
+    work.apply_(passes)
     return work.tracing()
 
 
 def trace(jobs: Sequence[Job], iterations: int, passes: Passes, like: Tensor) -> Tracing:
     """What `update_` would see, without the update; a collective call."""
-    found = _alternated(jobs, iterations, passes, like, True).tracing()
+    found = alternated(jobs, iterations, passes, like, trace=True).tracing()
     assert found is not None
     return found
 
 
-def _alternated(jobs: Sequence[Job], iterations: int, passes: Passes, like: Tensor, trace: bool) -> "_Work":
-    work = _Work(jobs, iterations, like, trace)
+def alternated(jobs: Sequence[Job], iterations: int, passes: Passes, like: Tensor, *, trace: bool) -> "Work":
+    """The scalings of `update_`, found and not applied yet; a collective call."""
+    work = Work(jobs, iterations, like, trace)
     work.begin(passes)
     for k in range(iterations):
         work.step_rows(passes, k)
@@ -135,8 +134,15 @@ def _alternated(jobs: Sequence[Job], iterations: int, passes: Passes, like: Tens
     return work
 
 
-class _Work:
-    """The common vectors, and the half steps on them."""
+class Work:
+    """The common vectors, and the half steps on them.
+
+    Attributes:
+        r: scalings of the rows of all frames, one frame after another.
+        c: likewise of the columns.
+        row_spans: where each matrix' rows lie in r.
+        column_spans: likewise in c.
+    """
 
     def __init__(self, jobs: Sequence[Job], iterations: int, like: Tensor, trace: bool) -> None:
         device, dtype = like.device, working_dtype(like)
@@ -168,6 +174,7 @@ class _Work:
         self.r.copy_(inverse_power_of_two(self.R))
 
     def step_rows(self, passes: Passes, k: int) -> None:
+        """The half step on rows of the k-th iteration."""
         self._sum_rows(passes)
         if k:
             self._add_row_errors(k - 1)
@@ -176,6 +183,7 @@ class _Work:
             self.rows = self.r.clone()
 
     def step_columns(self, passes: Passes, k: int) -> None:
+        """The half step on columns."""
         self.C.zero_()
         self.lifted.zero_()
         passes.add_column_sums(self.parts, k == 0)
@@ -194,6 +202,12 @@ class _Work:
         """What the last columns' step has done to the rows."""
         self._sum_rows(passes)
         self._add_row_errors(self.iterations - 1)
+
+    def apply_(self, passes: Passes) -> None:
+        """Update the weights by the scalings as they are."""
+        owners = [job for job in self.jobs for _ in job.matrix.pieces]
+        seeds = [seed for job in self.jobs for seed in job.seeds()]
+        passes.apply_(self.parts, [job.lr for job in owners], [job.weight_decay for job in owners], seeds)
 
     def tracing(self) -> Tracing | None:
         """Residuals are root mean squares over all rows, or columns, of all matrices of a parameter."""

@@ -38,6 +38,8 @@ MAKERS: dict[str, Make] = {
     "auto": partial(SinkGD, iterations="auto", tolerance=0.02, max_iterations=7),
     "swan": partial(SWAN, k=6, beta=0.5),
     "swan-centred": partial(SWAN, center=True, k=4, beta=0.5),
+    "sinkhorn-whitening": partial(SWAN, normalization="sinkhorn", k=2, beta=0.5),
+    "operator": partial(SinkGD, rescale="operator"),
     "multinormgd": partial(MultiNormGD, norms=[RowNorm(), ColumnNorm()]),
 }
 
@@ -152,6 +154,7 @@ def views(view: str, dim: int) -> None:
     shape = {"convolution": (9, 4, 3, 3), "transposed": (7, 10), "batch": (5, 6, 8), "qkv": (21, 6)}[view]
     for make in (SinkGD, partial(SinkGD, kernel="eager"), MAKERS["multinormgd"]):
         compare(flat_mesh(), (Shard(dim),), [shape, shape], make, view=view)
+    compare(flat_mesh(), (Shard(dim),), [shape, shape], MAKERS["operator"], view=view, tolerance=3e-5)
 
 
 def other_dtypes() -> None:
@@ -275,7 +278,7 @@ def combined_with_torchs_alone() -> None:
 
 def _checks() -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {}
-    variants = ("sinkgd-eager", "auto", "swan-centred")  # which differ within a rank alone
+    variants = ("sinkgd-eager", "auto", "swan-centred", "sinkhorn-whitening")  # which differ within a rank alone
     for name, maker in itertools.product(ONE, MAKERS):
         found[f"{name}-{maker}"] = partial(on_one_dimension, name, maker)
         found[f"{name}-{maker}"].sizes = (2,) if maker in variants else (2, 3, 4)  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """LlamaPretraining in a real Trainer: its loss, metrics and groups, and what a checkpoint may and may not change."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,42 @@ def test_groups_follow_the_papers_policy_and_the_rules() -> None:
     }
     changed = rules_of(rules={"layers.0.*q_proj": "adam"})
     assert {name for name in rules if rules[name] != changed[name]} == {"model.model.layers.0.self_attn.q_proj.weight"}
+
+
+def _rates(module: LlamaPretraining) -> dict[str, float]:
+    module.configure_model()
+    optimizer: Any = module.configure_optimizers()
+    groups = optimizer.param_groups
+    return {name: g["lr"] * g.get("lr_scale", 1) for g in groups for name in g["param_names"]}
+
+
+@pytest.mark.parametrize("optimizer", [SinkGD, torch.optim.AdamW])
+def test_base_width_is_as_lr_scales_of_matrices_and_head(optimizer: Any) -> None:
+    options = {"optimizer": optimizer, "scheduler": None}
+    explicit = _rates(tiny_llama(lr_scales={"matrix": 0.25, "head": 0.25}, **options))
+    assert _rates(tiny_llama(base_width=8, **options)) == explicit  # hidden_size is 32
+    plain = _rates(tiny_llama(**options))
+    assert {name: rate / plain[name] for name, rate in explicit.items()} == {
+        name: 1.0 if "norm" in name or "embed" in name else 0.25 for name in plain
+    }
+    both = _rates(tiny_llama(base_width=8, lr_scales={"q_proj": 2.0}, **options))
+    assert (
+        both["model.model.layers.0.self_attn.q_proj.weight"]
+        == 2 * explicit["model.model.layers.0.self_attn.q_proj.weight"]
+    )
+
+
+def test_scales_that_cannot_be_honoured_are_the_users_to_mend() -> None:
+    for arguments, message in (
+        ({"lr_scales": {"lmhead": 2.0}}, "lr_scales.*matches no parameter"),
+        ({"base_width": 8, "optimizer": partial(torch.optim.SGD, lr=0.1)}, "base_width.*SGD"),
+    ):
+        module = tiny_llama(scheduler=None, **arguments)
+        module.configure_model()
+        with pytest.raises(UsageError, match=message):
+            module.configure_optimizers()
+    with pytest.raises(UsageError, match=r"model\.base_width=0"):
+        tiny_llama(base_width=0)
 
 
 def test_schedule_spans_the_run_and_is_stepped_with_the_optimizer(tmp_path: Path) -> None:

@@ -66,6 +66,13 @@ _CASES = [
     Case("swan_six", SWAN, _swan(reference.newton_schulz(6, 0.5)), {"k": 6, "beta": 0.5}, {"weight_decay": 0.3}),
     Case("swan_svd", SWAN, _swan(reference.polar), {"whitening": "svd"}, _ALL),
     Case("swan_centred", SWAN, _swan(reference.newton_schulz(10, 0.8), reference.centered_rows), {"center": True}),
+    Case(
+        "sinkhorn_whitening",
+        SWAN,
+        _swan(reference.newton_schulz(2, 0.5), _sinkhorn(3)),
+        {"normalization": "sinkhorn", "iterations": 3, "k": 2, "beta": 0.5},
+        _ALL,
+    ),
     Case("pair", MultiNormGD, _sinkhorn(5), {"norms": [RowNorm(), ColumnNorm()]}, _ALL),
     Case(
         "spectral",

@@ -1,14 +1,17 @@
 """From kinds to rules: policy, overrides, groups handed to an optimizer, and the routing as text."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_multinorm import SWAN, SinkGD, parameter_groups
+from lightning_multinorm import SWAN, MultiNormGD, SinkGD, parameter_groups
+from lightning_multinorm.norms import ColumnNorm, RowNorm, SpectralNorm
 from lightning_multinorm.optim import routing_table
+from lightning_multinorm.optim.rates import apply_lr_factors, transfer_rates
 
 from .architectures import ARCHITECTURES, gpt2, llama
 from .models import TEXT_MATRICES, TinyText
@@ -172,3 +175,67 @@ def test_routing_table_of_a_group_that_nobody_named() -> None:
     weight = nn.Parameter(torch.zeros(3, 4))
     optimizer = SinkGD([{"params": [("w", weight)], "rule": "multinorm", "view": "matrix"}])
     assert routing_table(optimizer.param_groups).splitlines()[1].split()[:2] == ["w", "3×4"]
+
+
+def test_lr_scales_are_multiplied_into_each_rate_exactly() -> None:
+    model = TinyText()
+    scales = {r"layers\.1": 4.0, "matrix": 0.5, "head": 0.25, "norm": 0.0}
+    optimizer = SinkGD(parameter_groups(model, lr_scales=scales), matrix_lr_scale=0.1, fallback_lr_scale=0.5)
+    rates = {name: g["lr_scale"] for g in optimizer.param_groups for name in g["param_names"]}
+    expected = dict.fromkeys(TEXT_MATRICES, 0.1 * 0.5)
+    expected |= {"layers.1.weight": 0.1 * 4.0, "layers.1.bias": 0.5 * 4.0, "lm_head.weight": 0.5 * 0.25}
+    assert {name: rates[name] for name in expected} == expected
+    assert rates["norm.weight"] == 0 and rates["embedding.weight"] == 0.5 and rates["layers.0.bias"] == 0.5
+
+
+def test_lr_scales_of_any_other_optimizer_are_in_its_rate_and_follow_its_scheduler() -> None:
+    optimizer = torch.optim.AdamW(parameter_groups(TinyText(), lr_scales={"embedding": 0.25}), lr=0.5)
+    apply_lr_factors(optimizer)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    optimizer.step()
+    schedule.step()
+    for group in optimizer.param_groups:
+        assert group["lr"] == (0.0625 if "embedding.weight" in group["param_names"] else 0.25)
+    apply_lr_factors(optimizer)  # once is enough
+    assert {group["lr"] for group in optimizer.param_groups} == {0.0625, 0.25}
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        ({"heads": 2.0}, r"lr_scales\['heads'\] matches no parameter"),
+        ({"bias": 2.0, "lmhead": 1.0}, r"lr_scales\['lmhead'\]"),
+        ({"(": 2.0}, r"lr_scales\['\('\] is no regular expression"),
+        ({"head": -1.0}, r"lr_scales\['head'\]=-1.0"),
+        ({"head": float("nan")}, r"lr_scales\['head'\]=nan"),
+    ],
+)
+def test_lr_scales_that_match_nothing_are_refused(scales: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parameter_groups(TinyText(), lr_scales=scales)
+
+
+@pytest.mark.parametrize(
+    ("make", "matrices"),
+    [
+        (SinkGD, 1.0),
+        (partial(SinkGD, rescale="operator"), 0.0),
+        (SWAN, 0.5),
+        (partial(MultiNormGD, norms=[RowNorm(), SpectralNorm()]), 0.5),
+        (partial(MultiNormGD, norms=[RowNorm(), ColumnNorm()]), 1.0),
+        (torch.optim.AdamW, 1.0),
+    ],
+)
+def test_rates_of_a_wider_model(make: Any, matrices: float) -> None:
+    one, two = make(parameter_groups(TinyText())), make(parameter_groups(TinyText()))
+    transfer_rates(two, 4.0)
+    for group, other in zip(one.param_groups, two.param_groups, strict=True):
+        exponent = {"matrix": matrices, "head": 1.0}.get(group["name"], 0.0)
+        assert other["lr"] * other.get("lr_scale", 1) == group["lr"] * group.get("lr_scale", 1) * 4.0**-exponent
+
+
+def test_rates_of_a_wider_model_are_not_guessed() -> None:
+    with pytest.raises(ValueError, match="base_width: how the rate of SGD depends on the width is not known"):
+        transfer_rates(torch.optim.SGD(parameter_groups(TinyText()), lr=0.1), 2.0)
+    with pytest.raises(ValueError, match="base_width: the groups do not name their kind"):
+        transfer_rates(torch.optim.AdamW(TinyText().parameters()), 2.0)

@@ -18,6 +18,7 @@ _OPTIMIZERS: dict[str, Make] = {
     "swan": SWAN,
     "swan_svd": partial(SWAN, whitening="svd"),
     "swan_centred": partial(SWAN, center=True),
+    "sinkhorn_whitening": partial(SWAN, normalization="sinkhorn", k=2, beta=0.5),
     "row_column": partial(MultiNormGD, norms=[RowNorm(), ColumnNorm()]),
     "spectral": partial(MultiNormGD, norms=[SpectralNorm()]),
 }

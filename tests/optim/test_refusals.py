@@ -50,6 +50,11 @@ def test_bad_hyperparameters_are_refused_by_name(owner: str, make: Make, name: s
         (SWAN, {"beta": 0.0}, "SWAN: beta=0.0"),
         (SWAN, {"beta": 0.81}, "SWAN: beta=0.81"),
         (SWAN, {"whitening": "qr"}, "'qr'"),
+        (SWAN, {"normalization": "columns"}, "SWAN: normalization='columns'"),
+        (SWAN, {"normalization": "sinkhorn", "iterations": 0}, "SWAN: iterations=0"),
+        (SWAN, {"normalization": "sinkhorn", "iterations": "auto"}, "SWAN: iterations='auto'"),
+        (SWAN, {"normalization": "sinkhorn", "center": True}, "SWAN: center=True"),
+        (SinkGD, {"rescale": "spectral"}, "SinkGD: rescale='spectral'"),
     ],
 )
 def test_bad_options_of_one_optimizer_are_refused_by_name(make: Make, options: dict[str, Any], message: str) -> None:
