@@ -154,7 +154,9 @@ def views(view: str, dim: int) -> None:
     shape = {"convolution": (9, 4, 3, 3), "transposed": (7, 10), "batch": (5, 6, 8), "qkv": (21, 6)}[view]
     for make in (SinkGD, partial(SinkGD, kernel="eager"), MAKERS["multinormgd"]):
         compare(flat_mesh(), (Shard(dim),), [shape, shape], make, view=view)
-    compare(flat_mesh(), (Shard(dim),), [shape, shape], MAKERS["operator"], view=view, tolerance=3e-5)
+    compare(
+        flat_mesh(), (Shard(dim),), [shape, shape], MAKERS["operator"], view=view, tolerance=1e-4
+    )  # σ, by eight sums
 
 
 def other_dtypes() -> None:
@@ -281,7 +283,9 @@ def _checks() -> dict[str, Callable[[], None]]:
     variants = ("sinkgd-eager", "auto", "swan-centred", "sinkhorn-whitening")  # which differ within a rank alone
     for name, maker in itertools.product(ONE, MAKERS):
         found[f"{name}-{maker}"] = partial(on_one_dimension, name, maker)
-        found[f"{name}-{maker}"].sizes = (2,) if maker in variants else (2, 3, 4)  # type: ignore[attr-defined]
+        # Three is the number that cuts unevenly; four are in the grids below.
+        sizes = (2,) if maker in variants else (2, 3, 4) if maker == "sinkgd" else (3,)
+        found[f"{name}-{maker}"].sizes = sizes  # type: ignore[attr-defined]
     for name, maker in itertools.product(TWO, [maker for maker in MAKERS if maker not in variants]):
         found[f"{name}-{maker}"] = partial(on_two_dimensions, name, maker)
         found[f"{name}-{maker}"].sizes = (4,)  # type: ignore[attr-defined]
@@ -291,12 +295,13 @@ def _checks() -> dict[str, Callable[[], None]]:
             found[f"{name}-{kind}-{maker}"].sizes = (3,)  # type: ignore[attr-defined]
     for view, dim in (("convolution", 0), ("convolution", 1), ("transposed", 0), ("transposed", 1), ("qkv", 0)):
         found[f"{view}-{dim}"] = partial(views, view, dim)
-        found[f"{view}-{dim}"].sizes = (2, 3)  # type: ignore[attr-defined]
+        found[f"{view}-{dim}"].sizes = (3,)  # type: ignore[attr-defined]
     for dim in range(3):
         found[f"batch-{dim}"] = partial(views, "batch", dim)
-        found[f"batch-{dim}"].sizes = (2, 4)  # type: ignore[attr-defined]
+        found[f"batch-{dim}"].sizes = (2,)  # type: ignore[attr-defined]
     found["combined"] = combined_with_torchs_alone
     found["combined"].sizes = (3,)  # type: ignore[attr-defined]
+    other_dtypes.sizes = (3,)  # type: ignore[attr-defined]
     for check in (
         other_dtypes, scale_changes_no_bit, gathered_is_whole, strided_is_gathered, replicas_stay_equal_in_bfloat16,
         division_among_replicas, refuses_partial,

@@ -58,12 +58,14 @@ def _checks() -> dict[str, Callable[[], None]]:
     for rule in (*MATRIX_RULES, "sign"):
         for (name, placements), kind in itertools.product(ONE.items(), ("plain", "zeros")):
             found[f"{rule}-{name}-{kind}"] = partial(placed, rule, flat_mesh, placements, kind)
+            found[f"{rule}-{name}-{kind}"].sizes = (2, 3) if kind == "plain" else (3,)  # type: ignore[attr-defined]
         for name in ("hsdp", "grid", "columns-twice"):
             check = partial(placed, rule, grid_mesh, TWO[name], "plain")
             check.sizes = (4,)  # type: ignore[attr-defined]
             found[f"{rule}-{name}"] = check
         if rule in MATRIX_RULES:
             found[f"{rule}-sliced"] = partial(sliced, rule)
+            found[f"{rule}-sliced"].sizes = (2, 4)  # type: ignore[attr-defined]
     return found
 
 

@@ -85,4 +85,3 @@ def test_the_command_knows_overlays_and_overrides(tmp_path: Path) -> None:
     assert "bf16-mixed, DDP over 8 devices" in output and "2 × 256 tokens on a device" in output
     row = next(line for line in output.splitlines() if "weights and states" in line)
     assert row.split()[3:5] == ["14.97", "5.97"]  # AdamW, and SinkGD beside it
-    assert "64-true" in command(tmp_path, "--config", "llama1b.yaml", "--trainer.precision", "64-true", status=2)
