@@ -11,13 +11,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from transformers import LlamaForCausalLM
 
 from lightning_multinorm.data import TextDataModule
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.layouts import flat_slices
 from lightning_multinorm.layouts.clipping import clip_
 from lightning_multinorm.llama.loss import IGNORE, TokenLoss, token_losses
+from lightning_multinorm.llama.model import Llama
 from lightning_multinorm.llama.parallel import build_llama
 from lightning_multinorm.llama.sizes import Size, config_fields, llama_config
 from lightning_multinorm.optim import SinkGD, parameter_groups
@@ -64,9 +64,11 @@ class LlamaPretraining(LightningModule):
             much less memory for a third more work. Default: False.
         gradient_release: update each parameter inside the backward pass and free its gradient at once; on one device or
             under fsdp2, without accumulation, clipping and float16. Default: False.
+        loss_chunk: tokens whose logits exist at a time; output head and loss are computed in chunks of so many. Null
+            for those of all tokens at once, which take as much memory as many layers do. Default: 1024.
 
     Raises:
-        UsageError: for an unknown size or field of the configuration.
+        UsageError: for an unknown size or field of the configuration, or a loss_chunk below 1.
     """
 
     def __init__(
@@ -79,8 +81,11 @@ class LlamaPretraining(LightningModule):
         rules: dict[str, Rule] | None = None,
         activation_checkpointing: bool = False,
         gradient_release: bool = False,
+        loss_chunk: int | None = 1024,
     ) -> None:
         super().__init__()
+        if loss_chunk is not None and loss_chunk < 1:
+            raise UsageError(f"model.loss_chunk={loss_chunk} must be at least 1, or null for all tokens at once")
         # No save_hyperparameters(): the command line would let a checkpoint's values beat those given to it.
         self.llama_config = llama_config(size, config)
         self.optimizer = optimizer
@@ -89,7 +94,8 @@ class LlamaPretraining(LightningModule):
         self.rules = rules
         self.activation_checkpointing = activation_checkpointing
         self.gradient_release = gradient_release
-        self.model: LlamaForCausalLM | None = None
+        self.loss_chunk = loss_chunk
+        self.model: Llama | None = None
         self.val = TokenLoss()
         self.test = TokenLoss()
         self._configured: list[dict[str, Any]] = []
@@ -140,8 +146,8 @@ class LlamaPretraining(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss per predicted token."""
-        losses = self._losses(batch)
-        loss = losses.sum() / (batch["labels"] != IGNORE).sum()
+        total, _ = self._losses(batch)
+        loss = total / (batch["labels"] != IGNORE).sum()
         self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
 
@@ -163,7 +169,7 @@ class LlamaPretraining(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Per row: its "document" and the "nats", "tokens" and "bytes" of what it predicts, each (B,)."""
-        losses = self._losses(batch)
+        _, losses = self._losses(batch)
         return {
             "document": batch["document"],
             "nats": losses.sum(-1, dtype=torch.float64),
@@ -259,12 +265,17 @@ class LlamaPretraining(LightningModule):
         kwargs.setdefault("weights_only", True)  # a file may be a stranger's, and Lightning trusts it if it is remote
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
-    def _losses(self, batch: Batch) -> Tensor:
-        """Nats of every label (B, T)."""
-        return token_losses(self(batch["input_ids"], batch.get("position_ids")), batch["labels"])
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Nats of all labels together, for the backward pass, and of every one (B, T)."""
+        tokens, positions, labels = batch["input_ids"], batch.get("position_ids"), batch["labels"]
+        if self.loss_chunk is None:
+            losses = token_losses(self(tokens, positions), labels)
+            return losses.sum(), losses
+        assert self.model is not None, "configure_model() has not run"
+        return self.model.chunked_loss(tokens, positions, labels, self.loss_chunk)
 
     def _evaluate(self, metric: TokenLoss, batch: Batch) -> None:
-        metric.update(self._losses(batch), batch["labels"], batch.get("bytes"))
+        metric.update(self._losses(batch)[1], batch["labels"], batch.get("bytes"))
 
     def _log_evaluation(self, stage: str, metric: TokenLoss) -> None:
         values = {f"{stage}/{name}": value.float() for name, value in metric.compute().items()}
