@@ -12,6 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_multinorm.llama.loss import IGNORE
 
+WORDS = 4096
+"""Of a weight's gradient in 16 bits, so many rows are made at a time to be added up in 32."""
+
 
 class Part(NamedTuple):
     """The words that one rank of tensor parallelism has: as many as its weight has rows, beginning with ``first``."""
@@ -99,14 +102,14 @@ class _Gradients:
         none = ignored[:, None]  # D is as wide as the vocabulary: its rows are cheaper zeroed in the products
         self.hidden.append((D @ W).masked_fill_(none, 0))
         X = X.masked_fill(none, 0)
+        dtype = torch.promote_types(D.dtype, torch.float32) if self._wide else D.dtype
+        if dtype == D.dtype:
+            self.weight = D.T @ X if self.weight is None else self.weight.addmm_(D.T, X)
+            return
         if self.weight is None:
-            self.weight = D.T @ X
-            if self._wide:
-                self.weight = self.weight.to(torch.promote_types(D.dtype, torch.float32))
-        elif self.weight.dtype == D.dtype:
-            self.weight.addmm_(D.T, X)
-        else:
-            self.weight += D.T @ X
+            self.weight = torch.zeros_like(W, dtype=dtype)
+        for rows, words in zip(self.weight.split(WORDS), D.T.split(WORDS), strict=True):
+            rows += words @ X
 
 
 def _whole(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
