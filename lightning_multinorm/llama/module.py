@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_multinorm.data import TextDataModule
 from lightning_multinorm.errors import UsageError
+from lightning_multinorm.flops import training_flops
 from lightning_multinorm.layouts import flat_slices
 from lightning_multinorm.layouts.clipping import clip_
 from lightning_multinorm.llama.loss import IGNORE, TokenLoss, token_losses
@@ -66,6 +67,8 @@ class LlamaPretraining(LightningModule):
             under fsdp2, without accumulation, clipping and float16. Default: False.
         loss_chunk: tokens whose logits exist at a time; output head and loss are computed in chunks of so many. Null
             for those of all tokens at once, which take as much memory as many layers do. Default: 1024.
+        compile: let `torch.compile` compile each block: faster steps after some minutes of compilation. Checkpoints
+            stay as they are, with it or without. Default: False.
 
     Raises:
         UsageError: for an unknown size or field of the configuration, or a loss_chunk below 1.
@@ -82,6 +85,7 @@ class LlamaPretraining(LightningModule):
         activation_checkpointing: bool = False,
         gradient_release: bool = False,
         loss_chunk: int | None = 1024,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if loss_chunk is not None and loss_chunk < 1:
@@ -95,9 +99,11 @@ class LlamaPretraining(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.gradient_release = gradient_release
         self.loss_chunk = loss_chunk
+        self.compile_blocks = compile  # a module's own ``compile`` is a method
         self.model: Llama | None = None
         self.val = TokenLoss()
         self.test = TokenLoss()
+        self._parameter_count = 0
         self._configured: list[dict[str, Any]] = []
 
     def configure_model(self) -> None:
@@ -114,7 +120,10 @@ class LlamaPretraining(LightningModule):
                 "reshard_after_forward": strategy.reshard_after_forward,
             }
         device = torch.get_default_device() if strategy is None else strategy.root_device
-        self.model = build_llama(self.llama_config, device, **spread)
+        self.model = build_llama(self.llama_config, device, compiled=self.compile_blocks, **spread)
+        self._parameter_count = sum(
+            parameter.numel() for parameter in self.model.parameters()
+        )  # before FSDP1 cuts them
         if self.activation_checkpointing:
             self.model.activation_checkpointing_enable()
 
@@ -143,6 +152,13 @@ class LlamaPretraining(LightningModule):
         """Logits (B, T, vocabulary) for tokens (B, T); positions that restart keep attention inside documents."""
         assert self.model is not None, "configure_model() has not run"
         return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+
+    def flops_per_token(self, length: int) -> int:
+        """FLOPs of training on a token of sequences of so many, see `flops.training_flops`."""
+        config = self.llama_config
+        looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        width = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
+        return sum(training_flops(self._parameter_count - looked_up, config.num_hidden_layers, width, length))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss per predicted token."""

@@ -29,6 +29,7 @@ def build_llama(
     tensor_mesh: DeviceMesh | None = None,
     precision: MixedPrecisionPolicy | None = None,
     reshard_after_forward: bool = True,
+    compiled: bool = False,
 ) -> Llama:
     """Build a LLaMA with fresh weights, spread as the meshes say, without ever holding it whole.
 
@@ -42,6 +43,7 @@ def build_llama(
         precision: FSDP2's.
         reshard_after_forward: free a block's gathered weights after its forward pass, and gather them again in the
             backward pass (FSDP2's default), or keep them.
+        compiled: let `torch.compile` compile each block, in place, so that no name changes.
 
     Raises:
         UsageError: if the heads or the width of the MLP do not divide by the tensor mesh.
@@ -56,6 +58,8 @@ def build_llama(
         initialise(part, config)
         if tensor_mesh is not None:
             _parallelize(model, name, part, tensor_mesh)
+        if compiled and name.startswith("layers."):
+            part.compile()  # before it is sharded: what FSDP2 does around a block is not to be compiled with it
         if data_mesh is not None and name.startswith("layers."):
             fully_shard(part, mesh=data_mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
     model.tie_weights()

@@ -1,6 +1,7 @@
 """LlamaPretraining in a real Trainer: its loss, metrics and groups, and what a checkpoint may and may not change."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,20 @@ def test_checkpoint_loads_with_its_own_configuration(checkpoint: str) -> None:
     reference = initial_model().eval()
     reference.load_state_dict({name.removeprefix("model."): value for name, value in saved.items()})
     assert torch.equal(module(tokens), reference(tokens).logits)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_it_trains_alike_and_checkpoints_are_the_same(tmp_path: Path) -> None:
+    runs = []
+    for compiled in (False, True):
+        module, recorder = tiny_llama(compile=compiled, activation_checkpointing=True), Recorder()
+        fit(module, tmp_path, 3, rows=12, logger=recorder)
+        runs.append((recorder.values("train/loss"), module.state_dict()))
+    (losses, weights), (compiled_losses, compiled_weights) = runs
+    assert compiled_losses == pytest.approx(losses, rel=1e-5)
+    assert list(compiled_weights) == list(weights)
+    torch.testing.assert_close(compiled_weights, weights, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_isolated_documents_do_not_see_each_other() -> None:
