@@ -144,6 +144,7 @@ def test_checkpoint_loads_with_its_own_configuration(checkpoint: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own
 def test_compiled_it_trains_alike_and_checkpoints_are_the_same(tmp_path: Path) -> None:
     runs = []
     for compiled in (False, True):
