@@ -75,7 +75,9 @@ def measure(setting: Setting, contenders: list[str], rounds: int, rows: int | No
     sizes = {name: largest(name, setting) if rows is None else rows for name in contenders}
     fitting = [name for name, size in sizes.items() if size]
     rates: dict[str, list[float]] = {name: [] for name in fitting}
+    peaks = []
     for turn in range(rounds):
+        peaks.append(peak(setting.precision) or 0.0)
         for name in fitting[turn % len(fitting) :] + fitting[: turn % len(fitting)]:
             seconds = CONTENDERS[name](setting.of(rows=sizes[name]))
             rates[name].append(setting.steps * sizes[name] * setting.length / seconds)
@@ -84,7 +86,7 @@ def measure(setting: Setting, contenders: list[str], rounds: int, rows: int | No
         **setting.told(),
         "rows": sizes,
         "flops_per_token": setting.flops_per_token(),
-        "peak_flops": peak(setting.precision),
+        "peak_flops": max(peaks),
         "tokens_per_second": rates,
     }
 

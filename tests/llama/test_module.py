@@ -1,7 +1,7 @@
 """LlamaPretraining in a real Trainer: its loss, metrics and groups, and what a checkpoint may and may not change."""
 
 import math
-import shutil
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from parts import LENGTH, TINY, Recorder, Rows, loader, tiny_llama, trainer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lightning_multinorm import LlamaPretraining, SinkGD
 from lightning_multinorm.data.packing import restarting_positions
@@ -143,12 +144,14 @@ def test_checkpoint_loads_with_its_own_configuration(checkpoint: str) -> None:
     assert torch.equal(module(tokens), reference(tokens).logits)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own
-def test_compiled_it_trains_alike_and_checkpoints_are_the_same(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
+def test_compiled_it_trains_alike_and_checkpoints_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for a GPU; the code that inductor would write, which takes long, is left out."""
+    quick = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(LlamaDecoderLayer, "compile", quick, raising=False)
     runs = []
     for compiled in (False, True):
-        module, recorder = tiny_llama(compile=compiled, activation_checkpointing=True), Recorder()
+        module, recorder = tiny_llama(compile=compiled), Recorder()
         fit(module, tmp_path, 3, rows=12, logger=recorder)
         runs.append((recorder.values("train/loss"), module.state_dict()))
     (losses, weights), (compiled_losses, compiled_weights) = runs
