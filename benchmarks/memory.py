@@ -14,6 +14,7 @@ import logging
 import warnings
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,10 @@ TINY = {
 STEPS = 3
 
 
-def module(model: str, optimizer: str) -> LlamaPretraining:
+def module(model: str, optimizer: str, loss_chunk: int | None) -> LlamaPretraining:
     """One of the papers' sizes, or a small model."""
     options: dict[str, Any] = {"size": None, "config": TINY} if model == "tiny" else {"size": model}
+    options["loss_chunk"] = loss_chunk
     if optimizer == "stateless-released":
         options |= {"policy": "stateless", "gradient_release": True}
     return LlamaPretraining(optimizer=OPTIMIZERS[optimizer], scheduler=None, **options)  # type: ignore[arg-type]
@@ -57,7 +59,7 @@ def module(model: str, optimizer: str) -> LlamaPretraining:
 def measure(model: str, optimizer: str, batch: MicroBatch, precision: str) -> int:
     """Most bytes that tensors took at a time in a run from its beginning to its end."""
     torch.manual_seed(0)
-    lightning_module = module(model, optimizer)
+    lightning_module = module(model, optimizer, batch.loss_chunk)
     tokens = torch.randint(lightning_module.llama_config.vocab_size, (batch.sequences, batch.length))
     batches = [{"input_ids": tokens, "labels": tokens.roll(-1, dims=1)}] * (STEPS * batch.accumulate)
     trainer = Trainer(
@@ -79,7 +81,7 @@ def measure(model: str, optimizer: str, batch: MicroBatch, precision: str) -> in
 
 def planned(model: str, optimizer: str, batch: MicroBatch, precision: str) -> Plan:
     """The plan of the same run."""
-    lightning_module = module(model, optimizer)
+    lightning_module = module(model, optimizer, batch.loss_chunk)
     with torch.device("meta"):
         lightning_module.configure_model()
     groups = parameter_groups(lightning_module, policy=lightning_module.policy)
@@ -115,7 +117,7 @@ def compare(model: str, optimizer: str, batch: MicroBatch, precision: str) -> di
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """Planned next to measured."""
-    columns = ("optimizer", "precision", "micro-batch", "peak in the", "plan", "measured", "off by")
+    columns = ("optimizer", "precision", "micro-batch", "peak in the", "loss in", "plan", "measured", "off by")
     view = Table(*columns, title=f"{rows[0]['model']}, MiB", box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         batch = f"{row['sequences']}×{row['length']}" + (f"×{row['accumulate']}" if row["accumulate"] > 1 else "")
@@ -125,6 +127,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             row["precision"],
             batch,
             row["moment"].rpartition(": ")[2],
+            str(row["loss_chunk"] or "one"),
             *sizes,
             f"{row['deviation']:+.1%}",
         )
@@ -143,6 +146,7 @@ def main() -> None:
         default=["4x256", "4x256x2", "1x16x2", "1x16"],
         help="sequences x tokens [x micro-batches of a step]; large ones peak at the loss, small ones elsewhere",
     )
+    parser.add_argument("--loss_chunk", nargs="+", type=int, default=[1024], help="tokens; 0 for all at once")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -150,10 +154,11 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for model in options.model:
         rows = []
-        for batch in options.batch:
+        for batch, chunk in product(options.batch, options.loss_chunk):
             for precision in options.precision:
                 for optimizer in options.optimizer:
-                    size = MicroBatch(*map(int, batch.split("x")))
+                    sizes = dict(zip(("sequences", "length", "accumulate"), map(int, batch.split("x")), strict=False))
+                    size = MicroBatch(**sizes, loss_chunk=chunk or None)
                     if size.accumulate == 1 or optimizer != "stateless-released":
                         rows.append(compare(model, optimizer, size, precision))
         Console().print(table(rows))

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lightning_multinorm"
 FLOORS = {
     "errors": 0,
+    "flops": 0,
     "quantities": 0,
     "parameter_names": 0,
     "rounding": 0,

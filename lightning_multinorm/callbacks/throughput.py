@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_multinorm.callbacks.termination import TerminationCheckpoint
+from lightning_multinorm.flops import peak_flops
 from lightning_multinorm.strategies import batches_side_by_side
 
 C = TypeVar("C", bound=Callback)
@@ -26,7 +27,9 @@ class Throughput(Callback):
     the entries of ``batch["input_ids"]`` where a batch has no labels. ``seconds``: spent on batches so far, without
     validation, checkpoints and waiting for data; it goes on with a checkpoint, as tokens do.
     ``throughput/tokens_per_second``: over the last ``window`` batches. Time is of the host's clock, which an
-    accelerator's queue follows.
+    accelerator's queue follows. ``throughput/mfu``: share of the devices' dense peak that the model's own FLOPs make
+    (model FLOPs utilisation; PaLM, arXiv:2204.02311, Appendix B), where ``pl_module.flops_per_token(length)`` tells
+    them and `flops.PEAKS` knows the GPU; else it is not logged.
 
     ``memory/peak_mib``: the most that this rank has allocated on a CUDA device, or where it trains on none, the most
     that its process has had in memory. ``memory/optimizer_state_mib``: of the tensors in the optimizers' states on this
@@ -44,6 +47,7 @@ class Throughput(Callback):
         self._started = 0.0
         self._seconds = 0.0
         self._state_mib: float | None = None
+        self._full_rate: float | None = None  # tokens a second at the devices' peak; 0 where it is not known
 
     @property
     def tokens(self) -> int:
@@ -62,13 +66,15 @@ class Throughput(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._state_mib = None
+        self._state_mib = self._full_rate = None
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         for logger in trainer.loggers:
             logger.log_metrics({"parameters": parameters}, step=trainer.global_step)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._full_rate is None:
+            self._full_rate = _full_rate(trainer, pl_module, batch)
         self._started = time.perf_counter() - _saving(trainer)
 
     @override
@@ -88,6 +94,8 @@ class Throughput(Callback):
         # Filled in on the device: a copy from the host, which Lightning would make of a number, waits for the queue.
         on_device = {name: torch.full((), value, device=pl_module.device) for name, value in measured.items()}
         rates = {"tokens": self._tokens.float(), "throughput/tokens_per_second": self._rate}
+        if self._full_rate:
+            rates["throughput/mfu"] = rates["throughput/tokens_per_second"] / self._full_rate
         pl_module.log_dict({**rates, **on_device}, on_epoch=False)
 
     @override
@@ -106,6 +114,15 @@ def _tokens(trainer: Trainer, batch: Any) -> Tensor:
         return torch.tensor(batch["input_ids"].numel() * batches_side_by_side(trainer))
     everywhere = trainer.strategy.reduce((batch["labels"] >= 0).sum(), reduce_op="sum")
     return everywhere * batches_side_by_side(trainer) // trainer.world_size  # tensor parallel ranks share a batch
+
+
+def _full_rate(trainer: Trainer, pl_module: LightningModule, batch: Any) -> float:
+    """Tokens a second of all devices at their peak; 0 where that is not known."""
+    flops = getattr(pl_module, "flops_per_token", None)
+    if flops is None or pl_module.device.type != "cuda":
+        return 0.0
+    peak = peak_flops(torch.cuda.get_device_name(pl_module.device), trainer.precision) or 0.0
+    return peak * trainer.world_size / flops(batch["input_ids"].shape[-1])
 
 
 def _peak_mib(device: torch.device) -> float:

@@ -11,13 +11,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from transformers import LlamaForCausalLM
 
 from lightning_multinorm.data import TextDataModule
 from lightning_multinorm.errors import UsageError
+from lightning_multinorm.flops import training_flops
 from lightning_multinorm.layouts import flat_slices
 from lightning_multinorm.layouts.clipping import clip_
 from lightning_multinorm.llama.loss import IGNORE, TokenLoss, token_losses
+from lightning_multinorm.llama.model import Llama
 from lightning_multinorm.llama.parallel import build_llama
 from lightning_multinorm.llama.sizes import Size, config_fields, llama_config
 from lightning_multinorm.optim import SinkGD, parameter_groups
@@ -72,9 +73,13 @@ class LlamaPretraining(LightningModule):
             much less memory for a third more work. Default: False.
         gradient_release: update each parameter inside the backward pass and free its gradient at once; on one device or
             under fsdp2, without accumulation, clipping and float16. Default: False.
+        loss_chunk: tokens whose logits exist at a time; output head and loss are computed in chunks of so many. Null
+            for those of all tokens at once, which take as much memory as many layers do. Default: 1024.
+        compile: let `torch.compile` compile each block: faster steps after some minutes of compilation. Checkpoints
+            stay as they are, with it or without. Default: False.
 
     Raises:
-        UsageError: for an unknown size or field of the configuration, or a base_width that is not positive.
+        UsageError: for an unknown size or field of the configuration, and a base_width or loss_chunk below 1.
     """
 
     def __init__(
@@ -89,8 +94,12 @@ class LlamaPretraining(LightningModule):
         base_width: int | None = None,
         activation_checkpointing: bool = False,
         gradient_release: bool = False,
+        loss_chunk: int | None = 1024,
+        compile: bool = False,
     ) -> None:
         super().__init__()
+        if loss_chunk is not None and loss_chunk < 1:
+            raise UsageError(f"model.loss_chunk={loss_chunk} must be at least 1, or null for all tokens at once")
         # No save_hyperparameters(): the command line would let a checkpoint's values beat those given to it.
         self.llama_config = llama_config(size, config)
         self.optimizer = optimizer
@@ -103,9 +112,12 @@ class LlamaPretraining(LightningModule):
         self.base_width = base_width
         self.activation_checkpointing = activation_checkpointing
         self.gradient_release = gradient_release
-        self.model: LlamaForCausalLM | None = None
+        self.loss_chunk = loss_chunk
+        self.compile_blocks = compile  # a module's own ``compile`` is a method
+        self.model: Llama | None = None
         self.val = TokenLoss()
         self.test = TokenLoss()
+        self._parameter_count = 0
         self._configured: list[dict[str, Any]] = []
 
     def configure_model(self) -> None:
@@ -122,7 +134,10 @@ class LlamaPretraining(LightningModule):
                 "reshard_after_forward": strategy.reshard_after_forward,
             }
         device = torch.get_default_device() if strategy is None else strategy.root_device
-        self.model = build_llama(self.llama_config, device, **spread)
+        self.model = build_llama(self.llama_config, device, compiled=self.compile_blocks, **spread)
+        self._parameter_count = sum(
+            parameter.numel() for parameter in self.model.parameters()
+        )  # before FSDP1 cuts them
         if self.activation_checkpointing:
             self.model.activation_checkpointing_enable()
 
@@ -152,10 +167,17 @@ class LlamaPretraining(LightningModule):
         assert self.model is not None, "configure_model() has not run"
         return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
 
+    def flops_per_token(self, length: int) -> int:
+        """FLOPs of training on a token of sequences of so many, see `flops.training_flops`."""
+        config = self.llama_config
+        looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        width = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
+        return sum(training_flops(self._parameter_count - looked_up, config.num_hidden_layers, width, length))
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss per predicted token."""
-        losses = self._losses(batch)
-        loss = losses.sum() / (batch["labels"] != IGNORE).sum()
+        total, _ = self._losses(batch)
+        loss = total / (batch["labels"] != IGNORE).sum()
         self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
 
@@ -177,7 +199,7 @@ class LlamaPretraining(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Per row: its "document" and the "nats", "tokens" and "bytes" of what it predicts, each (B,)."""
-        losses = self._losses(batch)
+        _, losses = self._losses(batch)
         return {
             "document": batch["document"],
             "nats": losses.sum(-1, dtype=torch.float64),
@@ -278,12 +300,17 @@ class LlamaPretraining(LightningModule):
         kwargs.setdefault("weights_only", True)  # a file may be a stranger's, and Lightning trusts it if it is remote
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
-    def _losses(self, batch: Batch) -> Tensor:
-        """Nats of every label (B, T)."""
-        return token_losses(self(batch["input_ids"], batch.get("position_ids")), batch["labels"])
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Nats of all labels together, for the backward pass, and of every one (B, T)."""
+        tokens, positions, labels = batch["input_ids"], batch.get("position_ids"), batch["labels"]
+        if self.loss_chunk is None:
+            losses = token_losses(self(tokens, positions), labels)
+            return losses.sum(), losses
+        assert self.model is not None, "configure_model() has not run"
+        return self.model.chunked_loss(tokens, positions, labels, self.loss_chunk)
 
     def _evaluate(self, metric: TokenLoss, batch: Batch) -> None:
-        metric.update(self._losses(batch), batch["labels"], batch.get("bytes"))
+        metric.update(self._losses(batch)[1], batch["labels"], batch.get("bytes"))
 
     def _log_evaluation(self, stage: str, metric: TokenLoss) -> None:
         values = {f"{stage}/{name}": value.float() for name, value in metric.compute().items()}

@@ -14,10 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from lightning_multinorm.errors import UsageError
+from lightning_multinorm.llama.model import Llama
 
 
 def build_llama(
@@ -28,7 +29,8 @@ def build_llama(
     tensor_mesh: DeviceMesh | None = None,
     precision: MixedPrecisionPolicy | None = None,
     reshard_after_forward: bool = True,
-) -> LlamaForCausalLM:
+    compiled: bool = False,
+) -> Llama:
     """Build a LLaMA with fresh weights, spread as the meshes say, without ever holding it whole.
 
     The weights depend on torch's seed alone, not on the meshes: they are those of transformers' ``init_weights``.
@@ -41,6 +43,7 @@ def build_llama(
         precision: FSDP2's.
         reshard_after_forward: free a block's gathered weights after its forward pass, and gather them again in the
             backward pass (FSDP2's default), or keep them.
+        compiled: let `torch.compile` compile each block, in place, so that no name changes.
 
     Raises:
         UsageError: if the heads or the width of the MLP do not divide by the tensor mesh.
@@ -48,18 +51,21 @@ def build_llama(
     if tensor_mesh is not None:
         _check_divisible(config, tensor_mesh.size())
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = Llama(config)
     policy = precision or MixedPrecisionPolicy()
     for name, part in _parts(model):
         part.to_empty(device=device)
         initialise(part, config)
         if tensor_mesh is not None:
             _parallelize(model, name, part, tensor_mesh)
+        if compiled and name.startswith("layers."):
+            part.compile()  # before it is sharded: what FSDP2 does around a block is not to be compiled with it
         if data_mesh is not None and name.startswith("layers."):
             fully_shard(part, mesh=data_mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
     model.tie_weights()
     if data_mesh is not None:  # embedding, last norm and head together; needed again at once, so kept
         fully_shard(model, mesh=data_mesh, reshard_after_forward=False, mp_policy=policy)
+        model.gathers_for_loss()
     return model
 
 
@@ -79,7 +85,7 @@ def initialise(part: nn.Module, config: LlamaConfig) -> None:
                 getattr(module, name).copy_(buffer)
 
 
-def _parts(model: LlamaForCausalLM) -> Iterator[tuple[str, nn.Module]]:
+def _parts(model: Llama) -> Iterator[tuple[str, nn.Module]]:
     """What is initialised together, with its name: embedding, each block, the final norm, the head."""
     inner = model.model
     yield "embed_tokens", inner.embed_tokens
@@ -91,7 +97,7 @@ def _parts(model: LlamaForCausalLM) -> Iterator[tuple[str, nn.Module]]:
         yield "lm_head", model.lm_head
 
 
-def _parallelize(model: LlamaForCausalLM, name: str, part: nn.Module, mesh: DeviceMesh) -> None:
+def _parallelize(model: Llama, name: str, part: nn.Module, mesh: DeviceMesh) -> None:
     """Cut the linear layers of a part by transformers' plan."""
     plan = {**(model.config.base_model_tp_plan or {}), **(model._tp_plan if name == "lm_head" else {})}
     styles: dict[str, ParallelStyle] = {}

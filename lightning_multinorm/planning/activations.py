@@ -9,13 +9,16 @@ product's output, s that of the residual stream, 4 a float32:
 - attention saves queries and output (2 w h), keys and values (2 w k), and float32 log-sum-exps (4 heads);
 - the MLP saves gate, silu(gate), up and their product (4 w i); the products' weights are the parameters, and under
   autocast copies of them, which live as long;
-- the output head saves its input; the loss saves log-probabilities in float32 (4 V), and while it runs holds more.
+- the output head saves its input; the loss saves log-probabilities in float32 (4 V), and while it runs holds more;
+- head and loss in chunks (`llama.chunked`) save their gradients instead, made in the forward pass: of the head's input
+  (w h), and of its weight, which several chunks add up in float32.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from lightning_multinorm.llama.chunked import WORDS
 from lightning_multinorm.planning.settings import Layout, MicroBatch, Precision, Shape
 
 
@@ -64,16 +67,47 @@ def activations(shape: Shape, batch: MicroBatch, precision: Precision, layout: L
     copies = w if autocast else 0
 
     tables = 2 * batch.length * shape.head_dim * s
-    ends = batch.tokens * (norm + w * h + 2 * torch.int64.itemsize) + tables + copies * head_weight
-    logits = batch.tokens * shape.vocabulary  # complete on each device, whatever the layout
-    cast = w != torch.float32.itemsize
+    ends: float = batch.tokens * (norm + 2 * torch.int64.itemsize) + tables
+    if batch.loss_chunk is None:
+        ends += batch.tokens * w * h + copies * head_weight
+        loss = _whole(batch.tokens * shape.vocabulary, w)  # complete on each device, whatever the layout
+    else:
+        loss = _chunked(batch, w, precision.weights.itemsize, h, shape.vocabulary / layout.tensor, copied=autocast)
     return Activations(
         layer=round(batch.tokens * per_token + copies * layer_weights),
         ends=round(ends),
         in_flight=round(batch.tokens * (3 * w * i + 2 * 4 * h)),
         embedding_gradient=batch.tokens * h * s,
-        logits_forward=logits * (w + (4 if cast else 0) + 4),  # as the head gives them, as float32, log-probabilities
-        logits_saved=logits * 4,
-        logits_backward=logits * 12,  # log-probabilities, their gradient, the gradient of the float32 logits
-        logits_gradient=logits * w,
+        **{f"logits_{name}": round(size) for name, size in loss.items()},
     )
+
+
+def _whole(logits: int, w: int) -> dict[str, float]:
+    """Bytes of the loss of all logits, by what they are of in `Activations`."""
+    cast = 4 if w != 4 else 0
+    return {
+        "forward": logits * (w + cast + 4),  # as the head gives them, as float32, log-probabilities
+        "saved": logits * 4,
+        "backward": logits * 12,  # log-probabilities, their gradient, the gradient of the float32 logits
+        "gradient": logits * w,
+    }
+
+
+def _chunked(batch: MicroBatch, w: int, p: int, h: int, vocabulary: float, copied: bool) -> dict[str, float]:
+    """The same in chunks; p is the width of a weight, of which autocast makes a copy."""
+    assert batch.loss_chunk is not None
+    several = batch.tokens > batch.loss_chunk
+    logits, weight = min(batch.tokens, batch.loss_chunk) * vocabulary, vocabulary * h
+    hidden, total = w * batch.tokens * h, (4 if several else w) * weight
+    cast = 4 if w != 4 else 0
+    copy = w * weight if copied else 0
+    softmax = logits * (w + cast + 4) + (total if several else 0)
+    products = (
+        logits * (4 + (w if cast else 0)) + total + ((w + 4) * min(vocabulary, WORDS) * h if several and cast else 0)
+    )
+    return {
+        "forward": copy + hidden * 2 + max(softmax, products),  # what the head reads, and its gradient
+        "saved": hidden + total,
+        "backward": hidden * 2 + 2 * total + (p * weight if total != p * weight else 0),  # as made, scaled, and cast
+        "gradient": hidden,
+    }

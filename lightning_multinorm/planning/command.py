@@ -45,7 +45,9 @@ class Planner:
     def _plan(self, model: LlamaPretraining, datamodule: TextDataModule, devices: int | None) -> Plan:
         trainer = self.trainer
         model.model = build_llama(model.llama_config, torch.device("meta"))
-        batch = MicroBatch(datamodule.batch_size, datamodule.sequence_length, trainer.accumulate_grad_batches)
+        batch = MicroBatch(
+            datamodule.batch_size, datamodule.sequence_length, trainer.accumulate_grad_batches, model.loss_chunk
+        )
         layout = layout_of(
             trainer.strategy, count_devices(trainer.devices if devices is None else devices), trainer.num_nodes
         )

@@ -54,10 +54,16 @@ def model_traffic(
                 round(2 * gather_cost(vectors, layout.tensor) * reductions * micro),
             )
         )
-        logits = batch.tokens * shape.vocabulary * width
-        traffic.append(
-            Traffic("tensor parallel: all-gather of logits", micro, round(gather_cost(logits, layout.tensor) * micro))
-        )
+        if batch.loss_chunk is None:
+            logits = batch.tokens * shape.vocabulary * width
+            sent = Traffic(
+                "tensor parallel: all-gather of logits", micro, round(gather_cost(logits, layout.tensor) * micro)
+            )
+        else:  # of each token: the largest logit, the label's, and the sum of exponentials
+            chunks, sums = -(-batch.tokens // batch.loss_chunk) * micro, 3 * batch.tokens * _FLOAT
+            size = round(2 * gather_cost(sums, layout.tensor) * micro)
+            sent = Traffic("tensor parallel: all-reduce of the loss's sums", 2 * chunks, size)
+        traffic.append(sent)
     if layout.shard > 1:
         all_of_it = width * sum(place.gathered.numel() for place in placed)
         layers = width * sum(place.gathered.numel() for place in placed if place.layer is not None)

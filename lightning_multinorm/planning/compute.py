@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 
+from lightning_multinorm import flops
 from lightning_multinorm.planning.settings import Shape
 
-PEAKS = {"A100": 312e12, "H100 NVL": 835.5e12, "H100 SXM, H200": 989.4e12}
-"""FLOP/s in dense bfloat16, from NVIDIA's data sheets; all but the A100's print twice as much, with sparsity."""
+PEAKS = {
+    title: flops.PEAKS[name].half
+    for title, name in (("A100", "A100"), ("H100 NVL", "H100 NVL"), ("H100 SXM, H200", "H200"))
+}
+"""FLOP/s in dense bfloat16 of those that a plan tells."""
 UTILISATION = 0.4
 
 
@@ -40,4 +44,4 @@ def compute(parameters: int, shape: Shape, length: int) -> Compute:
         length: of a sequence, in tokens.
     """
     multiplied = parameters - (0 if shape.tied else shape.vocabulary * shape.hidden)
-    return Compute(6 * multiplied, 12 * shape.layers * shape.heads * shape.head_dim * length)
+    return Compute(*flops.training_flops(multiplied, shape.layers, shape.heads * shape.head_dim, length))

@@ -83,11 +83,19 @@ class Layout:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one device trains on at a time, and how many of them make an optimizer step."""
+    """What one device trains on at a time.
+
+    Attributes:
+        sequences: of so many
+        length: tokens.
+        accumulate: micro-batches of an optimizer step.
+        loss_chunk: tokens whose logits exist at a time; None for all.
+    """
 
     sequences: int
     length: int
     accumulate: int = 1
+    loss_chunk: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("sequences", "length", "accumulate"):

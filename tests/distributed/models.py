@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from lightning_multinorm import SWAN, MultiNormGD, NonFiniteGradients, SinkGD, layouts, parameter_groups
 from lightning_multinorm.layouts import clean, flat_slices
 from lightning_multinorm.layouts.clipping import clip_
+from lightning_multinorm.llama.loss import IGNORE, token_losses
 from lightning_multinorm.llama.parallel import build_llama
 from lightning_multinorm.norms import ColumnNorm, RowNorm
 from lightning_multinorm.optim.release import release_gradients
@@ -108,6 +109,25 @@ def clipped(spread: str) -> None:
     for parameter, other in zip(model.parameters(), whole_model.parameters(), strict=True):
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         assert_close(layouts.whole(gradient, slices.get(parameter)), other.grad, rtol=1e-4, atol=1e-6)
+
+
+def chunked(spread: str) -> None:
+    """Losses and gradients of the loss in chunks are those of one device with all logits."""
+    torch.manual_seed(3)
+    model, rank, replicas = SPREAD[spread]()
+    torch.manual_seed(3)
+    whole_model, ranks = build_llama(CONFIG, torch.device("cpu")), dist.get_world_size() // replicas
+    for other in range(ranks):
+        tokens, labels = batch(0, other), batch(1, other)
+        labels[1, 3:5] = IGNORE
+        expected = token_losses(whole_model(input_ids=tokens, use_cache=False).logits, labels)
+        (expected.sum() / ranks).backward()
+        if other == rank:
+            total, losses = model.chunked_loss(tokens, None, labels, 5)
+            assert_close((total, losses), (expected.sum(), expected), rtol=1e-5, atol=1e-5, check_stride=False)
+            total.backward()
+    for parameter, alone in zip(model.parameters(), whole_model.parameters(), strict=True):
+        assert_close(layouts.whole(parameter.grad), alone.grad, rtol=1e-4, atol=1e-5)
 
 
 def released(maker: str) -> None:
@@ -272,6 +292,9 @@ for _spread, _maker in itertools.product(SPREAD, MAKERS):
 for _spread in SPREAD:
     CHECKS[f"clipped-{_spread}"] = partial(clipped, _spread)
     CHECKS[f"clipped-{_spread}"].sizes = _SIZES.get(_spread, (2,))[:1]  # type: ignore[attr-defined]
+for _spread in ("fsdp2", "tp", "fsdp2-tp"):
+    CHECKS[f"chunked-{_spread}"] = partial(chunked, _spread)
+    CHECKS[f"chunked-{_spread}"].sizes = _SIZES.get(_spread, (2,))  # type: ignore[attr-defined]
 for _maker in MAKERS:
     CHECKS[f"released-{_maker}"] = partial(released, _maker)
     CHECKS[f"released-{_maker}"].sizes = (2,)  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """LlamaPretraining in a real Trainer: its loss, metrics and groups, and what a checkpoint may and may not change."""
 
 import math
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from parts import LENGTH, TINY, Recorder, Rows, loader, tiny_llama, trainer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lightning_multinorm import LlamaPretraining, SinkGD
 from lightning_multinorm.data.packing import restarting_positions
@@ -177,6 +178,23 @@ def test_checkpoint_loads_with_its_own_configuration(checkpoint: str) -> None:
     reference = initial_model().eval()
     reference.load_state_dict({name.removeprefix("model."): value for name, value in saved.items()})
     assert torch.equal(module(tokens), reference(tokens).logits)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
+def test_compiled_it_trains_alike_and_checkpoints_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for a GPU; the code that inductor would write, which takes long, is left out."""
+    quick = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(LlamaDecoderLayer, "compile", quick, raising=False)
+    runs = []
+    for compiled in (False, True):
+        module, recorder = tiny_llama(compile=compiled), Recorder()
+        fit(module, tmp_path, 3, rows=12, logger=recorder)
+        runs.append((recorder.values("train/loss"), module.state_dict()))
+    (losses, weights), (compiled_losses, compiled_weights) = runs
+    assert compiled_losses == pytest.approx(losses, rel=1e-5)
+    assert list(compiled_weights) == list(weights)
+    torch.testing.assert_close(compiled_weights, weights, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_isolated_documents_do_not_see_each_other() -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from benchmarks.memory import compare
 from lightning_multinorm import SinkGD
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.llama.loss import token_losses
+from lightning_multinorm.llama.model import Llama
 from lightning_multinorm.llama.sizes import llama_config
 from lightning_multinorm.planning import Layout, MicroBatch, Precision
 from lightning_multinorm.planning.activations import activations
@@ -60,11 +60,11 @@ def test_nothing_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_activations_are_what_autograd_saves(precision: str, kv_heads: int) -> None:
-    numbers, batch = Precision.named(precision), MicroBatch(3, 24)
+@pytest.mark.parametrize(("kv_heads", "chunk"), [(4, None), (2, None), (2, 30), (2, 100)])
+def test_activations_are_what_autograd_saves(precision: str, kv_heads: int, chunk: int | None) -> None:
+    numbers, batch = Precision.named(precision), MicroBatch(3, 24, loss_chunk=chunk)
     config = llama_config(None, {**SMALL, "num_attention_heads": 4, "num_key_value_heads": kv_heads})
-    model = LlamaForCausalLM(config).to(numbers.weights)
+    model = Llama(config).to(numbers.weights)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -77,16 +77,21 @@ def test_activations_are_what_autograd_saves(precision: str, kv_heads: int) -> N
     tokens = torch.randint(300, (batch.sequences, batch.length))
     autocast = torch.autocast("cpu", torch.bfloat16) if numbers.mixed else nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-        losses = token_losses(model(input_ids=tokens, use_cache=False).logits, tokens.clone())
+        if chunk is None:
+            losses = token_losses(model(input_ids=tokens, use_cache=False).logits, tokens.clone())
+        else:
+            losses, _ = model.chunked_loss(tokens, None, tokens.clone(), chunk)
     plan_of = activations(Shape.of(config), batch, numbers, Layout())
     assert losses.requires_grad
-    total_weight = 4  # what the loss keeps of the number of its tokens
-    expected = plan_of.layer * 2 + plan_of.ends + plan_of.logits_saved + total_weight
+    labels, total_weight = tokens.nbytes, 4  # what the loss of all logits keeps of the number of its tokens
+    expected = plan_of.layer * 2 + plan_of.ends + plan_of.logits_saved + (total_weight if chunk is None else -labels)
     assert sum(storage.nbytes() for storage in saved.values()) == expected
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("batch", [MicroBatch(2, 64), MicroBatch(1, 8, accumulate=2)])
+@pytest.mark.parametrize(
+    "batch", [MicroBatch(2, 64), MicroBatch(1, 8, accumulate=2), MicroBatch(2, 64, 1, 32), MicroBatch(1, 16, 2, 1024)]
+)
 def test_peak_is_what_a_real_run_holds(batch: MicroBatch, precision: str) -> None:
     row = compare("tiny", "adamw" if precision == "32-true" else "sinkgd", batch, precision)
     assert abs(row["deviation"]) < 0.05, row
