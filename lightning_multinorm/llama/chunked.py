@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -64,9 +63,7 @@ class _ChunkedLoss(Function):
             W = weight.to(dtype)
             for rows, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
                 X = rows.to(dtype)
-                logits = X @ W.T
-                nats, D = _whole(logits, targets) if part is None else _shared(logits, targets, part)
-                del logits
+                nats, D = _softmax(X @ W.T, targets, part)
                 losses.append(nats)
                 if backward:
                     gradients.add(D.to(dtype), X, W, targets == IGNORE)
@@ -112,32 +109,24 @@ class _Gradients:
             rows += words @ X
 
 
-def _whole(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each label, and the gradients of the logits (tokens, vocabulary), also where it is `IGNORE`."""
-    ignored = labels == IGNORE
-    index = labels.masked_fill(ignored, 0)[:, None]
-    D = F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    nats = D.gather(-1, index).neg_().squeeze(-1).masked_fill_(ignored, 0)
-    return nats, _less_one(D.exp_(), index, torch.ones_like(nats))
+def _softmax(logits: Tensor, labels: Tensor, part: Part | None) -> tuple[Tensor, Tensor]:
+    """The loss of each label, and the gradients of the logits (tokens, words) in their place, `IGNORE` not minded.
 
-
-def _shared(logits: Tensor, labels: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-    """The same of the words of one rank, of which logits and gradients are; losses are the same on all ranks."""
-    index = labels - part.first
-    own = (index >= 0) & (index < logits.shape[-1])
-    index = index.masked_fill(~own, 0)[:, None]
-    D = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    Of ``part`` the words of one rank; losses are the same on all ranks.
+    """
+    D = logits.to(torch.promote_types(logits.dtype, torch.float32))
     top = D.amax(-1, keepdim=True)
-    dist.all_reduce(top, dist.ReduceOp.MAX, group=part.group)
-    chosen = D.sub_(top).gather(-1, index).squeeze(-1).masked_fill_(~own, 0)
-    total = D.exp_().sum(-1)
-    sums = torch.stack([chosen, total])
-    dist.all_reduce(sums, group=part.group)
+    if part is not None:
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=part.group)
+    index, own = labels, labels != IGNORE
+    if part is not None:
+        index = labels - part.first
+        own = (index >= 0) & (index < D.shape[-1])
+    index = index.masked_fill(~own, 0)[:, None]
+    chosen = D.sub_(top).gather(-1, index).squeeze(-1)
+    sums = torch.stack([chosen.masked_fill_(~own, 0), D.exp_().sum(-1)])
+    if part is not None:
+        dist.all_reduce(sums, group=part.group)
     chosen, total = sums
     nats = (total.log() - chosen).masked_fill_(labels == IGNORE, 0)
-    return nats, _less_one(D.div_(total[:, None]), index, own.to(D.dtype))
-
-
-def _less_one(P: Tensor, index: Tensor, one: Tensor) -> Tensor:
-    """Probabilities less one, in place, where the label is: the gradients of the logits."""
-    return P.scatter_add_(-1, index, -one[:, None])
+    return nats, D.div_(total[:, None]).scatter_add_(-1, index, -own.to(D.dtype)[:, None])

@@ -99,14 +99,11 @@ def _chunked(batch: MicroBatch, w: int, p: int, h: int, vocabulary: float, copie
     several = batch.tokens > batch.loss_chunk
     logits, weight = min(batch.tokens, batch.loss_chunk) * vocabulary, vocabulary * h
     hidden, total = w * batch.tokens * h, (4 if several else w) * weight
-    cast = 4 if w != 4 else 0
-    copy = w * weight if copied else 0
-    softmax = logits * (w + cast + 4) + (total if several else 0)
-    products = (
-        logits * (4 + (w if cast else 0)) + total + ((w + 4) * min(vocabulary, WORDS) * h if several and cast else 0)
-    )
+    cast, copy = w != 4, w * weight if copied else 0
+    at_once = logits * (4 + (w if cast else 0))  # gradients in the logits' place, in float32 and as products read them
+    products = total + ((w + 4) * min(vocabulary, WORDS) * h if several and cast else 0)
     return {
-        "forward": copy + hidden * 2 + max(softmax, products),  # what the head reads, and its gradient
+        "forward": copy + hidden * 2 + at_once + products,  # what the head reads, and its gradient
         "saved": hidden + total,
         "backward": hidden * 2 + 2 * total + (p * weight if total != p * weight else 0),  # as made, scaled, and cast
         "gradient": hidden,
