@@ -146,7 +146,7 @@ def main() -> None:
         default=["4x256", "4x256x2", "1x16x2", "1x16"],
         help="sequences x tokens [x micro-batches of a step]; large ones peak at the loss, small ones elsewhere",
     )
-    parser.add_argument("--loss_chunk", nargs="+", type=int, default=[1024], help="tokens; 0 for all at once")
+    parser.add_argument("--loss_chunk", nargs="+", type=int, default=[512], help="tokens; 0 for all at once")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")

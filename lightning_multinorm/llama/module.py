@@ -74,7 +74,7 @@ class LlamaPretraining(LightningModule):
         gradient_release: update each parameter inside the backward pass and free its gradient at once; on one device or
             under fsdp2, without accumulation, clipping and float16. Default: False.
         loss_chunk: tokens whose logits exist at a time; output head and loss are computed in chunks of so many. Null
-            for those of all tokens at once, which take as much memory as many layers do. Default: 1024.
+            for those of all tokens at once, which take as much memory as many layers do. Default: 512.
         compile: let `torch.compile` compile each block: faster steps after some minutes of compilation. Checkpoints
             stay as they are, with it or without. Default: False.
 
@@ -94,7 +94,7 @@ class LlamaPretraining(LightningModule):
         base_width: int | None = None,
         activation_checkpointing: bool = False,
         gradient_release: bool = False,
-        loss_chunk: int | None = 1024,
+        loss_chunk: int | None = 512,
         compile: bool = False,
     ) -> None:
         super().__init__()
