@@ -182,7 +182,8 @@ def _constants(
 def _inverse_tail_index(rms: Tensor, fixed: _Constants) -> Tensor:
     """Hill's estimator of ξ: mean of log(x_i / x_{k+1}) over the k largest of every row (matrices, m)."""
     largest = rms.topk(fixed.weights.shape[-1]).values
-    logs = (largest / largest.gather(-1, fixed.last)).log().nan_to_num(0, torch.inf, 0)
+    # log1p, as MKL's log makes even a few numbers wait for all threads, which on a busy machine takes milliseconds.
+    logs = (largest / largest.gather(-1, fixed.last)).sub_(1).log1p_().nan_to_num(0, torch.inf, 0)
     return torch.where(fixed.weights == 0, 0, logs * fixed.weights).sum(-1)
 
 
