@@ -52,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except UsageError as error:
         sys.exit(f"error: {error}")
     study = Study(protocol, options.out / protocol.name, Processes(options.root / protocol.name, options.threads))
-    console = Console()
+    console = Console(width=150)
     try:
         for result in study.make(rows, jobs):
             console.print(line(result), highlight=False, soft_wrap=True)
