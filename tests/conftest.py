@@ -1,12 +1,16 @@
 """What every test shares: a fixed seed, torch's global switches put back, and the golden cases of `reference/`."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from reference.golden import SINKHORN, WHITENED, Golden, load
 
-torch.set_num_threads(1)  # the matrices here are small: threads would mostly wait for each other
+# The matrices here are small: threads would mostly wait for each other, and for those of the tests beside. Without the
+# variable Lightning sets as many as there are cores, once a test trains under a strategy for several processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 LONGEST = (
     "test_worlds.py",
