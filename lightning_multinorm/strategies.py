@@ -195,7 +195,7 @@ def end_communication() -> None:
         return
     dist.destroy_process_group()
     for mesh in [found for found in gc.get_objects() if type(found) is DeviceMesh]:
-        mesh._pg_registry.clear()
+        getattr(mesh, "_pg_registry", {}).clear()  # older versions of torch keep no groups here
     gc.collect()
 
 
