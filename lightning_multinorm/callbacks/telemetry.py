@@ -53,7 +53,7 @@ class Telemetry:
         plan = self._plan
         self.metrics = {key: values[at] for key, at in plan.values.items()}
         for key, places in plan.means.items():
-            self.metrics[key] = math.sqrt(sum(values[at] ** 2 for at in places) / len(places))
+            self.metrics[key] = math.hypot(*[values[at] for at in places]) / math.sqrt(len(places))
         if iterations:
             self.metrics |= {f"iterations/{name}": float(count) for name, count in plan.counts.items()}
         return self.metrics

@@ -26,7 +26,6 @@ from lightning_multinorm.optim.observation import (
     observe_sharded,
     observe_whole,
     sharded_weight_squares,
-    weight_squares,
 )
 from lightning_multinorm.rounding import lowbias32
 from lightning_multinorm.scaling import working_dtype
@@ -195,7 +194,7 @@ class MultiNormOptimizer(Optimizer):
             for batch in batches:
                 self._divide(batch, group)
             return
-        updates = [update for batch in batches if (update := self._update_batch(batch, group))]
+        updates = [measured for batch in batches if (measured := self._update_batch(batch, group))]
         if updates:
             observations = observe_whole(updates, group["lr"] * group["lr_scale"])
             self._tell([(p, group) for batch in batches for p in batch], observations)
@@ -208,24 +207,21 @@ class MultiNormOptimizer(Optimizer):
             batches.setdefault((p.shape, p.dtype, p.grad.dtype, p.device, self._iterations(p, group)), []).append(p)
         yield from batches.values()
 
-    def _update_batch(self, batch: Sequence[Tensor], group: Group) -> tuple[Measured, Tensor] | None:
-        """Update parameters; what was measured and their weights' squares before, if anyone asks."""
+    def _update_batch(self, batch: Sequence[Tensor], group: Group) -> Measured | None:
+        """Update parameters; what was measured, if anyone asks."""
         weights = [as_matrices(parameter, group["view"]) for parameter in batch]
         gradients = [as_matrices(p.grad, group["view"], like=p) for p in batch if p.grad is not None]
         lr, decay, seed = group["lr"] * group["lr_scale"], group["weight_decay"], self._seeds(group, batch[:1])[0]
-        observe = self._observes(group)
-        squares = weight_squares(weights) if observe else None
-        iterations = self._iterations(batch[0], group)
-        measured = self._update_(Batch(weights, gradients, lr, decay, iterations, seed, observe), group)
-        return None if measured is None or squares is None else (measured, squares)
+        iterations, observe = self._iterations(batch[0], group), self._observes(group)
+        return self._update_(Batch(weights, gradients, lr, decay, iterations, seed, observe), group)
 
     def _divide(self, batch: Sequence[Tensor], group: Group) -> None:
         """Each replica updates every so many-th parameter, and sends it to the others."""
         rank, world = dist.get_rank(self.replicas), dist.get_world_size(self.replicas)
         own: dict[int, Observation] = {}
         for k in range(rank, len(batch), world):
-            if update := self._update_batch([batch[k]], group):
-                (seen,) = observe_whole([update], group["lr"] * group["lr_scale"])
+            if measured := self._update_batch([batch[k]], group):
+                (seen,) = observe_whole([measured], group["lr"] * group["lr_scale"])
                 own[k] = seen._replace(residuals=seen.residuals.cpu(), statistics=seen.statistics.cpu())
         sent = [
             dist.broadcast(p.data, group=self.replicas, group_src=k % world, async_op=True) for k, p in enumerate(batch)

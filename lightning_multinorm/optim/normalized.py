@@ -16,6 +16,7 @@ from lightning_multinorm.rounding import noise, round_to_bfloat16
 from lightning_multinorm.scaling import power_of_two
 from lightning_multinorm.sinkhorn.eager import block_size
 from lightning_multinorm.sinkhorn.sharded import Job
+from lightning_multinorm.sinkhorn.tracing import weight_squares
 
 Normalize = Callable[[Tensor], tuple[Tensor, Trace | None]]
 """(k, ..., m, n) to as much, in float32 or wider, and its trace if it is observed."""
@@ -49,7 +50,7 @@ class Batch(NamedTuple):
 def apply_normalized_(batch: Batch, normalize: Normalize) -> Measured | None:
     """``W <- (1 - lr · weight_decay) W - lr · normalize(G)`` for a batch, stacked up to a block."""
     weights, gradients, lr, weight_decay, seed = *batch[:4], batch.seed
-    found = []
+    found, squares = [], weight_squares(weights) if batch.observe else None
     per_stack = max(1, block_size(gradients[0]) // max(1, gradients[0].numel()))
     for i in range(0, len(weights), per_stack):
         part = gradients[i : i + per_stack]
@@ -63,7 +64,8 @@ def apply_normalized_(batch: Batch, normalize: Normalize) -> Measured | None:
     if not found:
         return None
     vectors = zip(*((seen.residuals, seen.rows, seen.columns, seen.mean_square) for seen in found), strict=True)
-    return Measured(found[0].norms, *(torch.cat(parts) for parts in vectors))
+    residuals, rows, columns, mean_square = (torch.cat(parts) for parts in vectors)
+    return Measured(found[0].norms, residuals, rows, columns, mean_square, squares)
 
 
 def _measured(G: Tensor, X: Tensor, trace: Trace) -> Measured:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_multinorm.layouts import reduce_
 from lightning_multinorm.sinkhorn.sharded import Job
+from lightning_multinorm.sinkhorn.tracing import squares
 
 STATISTICS = ("gradient_norm", "tail_index", "dead_rows", "dead_columns", "update_rms", "update_to_weight")
 """The names of what is told, in order. The gradient's norm is ‖G‖_F. The tail index is Hill's estimate of the exponent
@@ -55,6 +56,8 @@ class Measured(NamedTuple):
         rows: (p, ..., m), 1 / RMS of every row of G, 0 for a zero row; of sharded ones as in `sharded.update_`.
         columns: (p, ..., n), 0 for a zero column of G; of sharded ones likewise.
         mean_square: (p, ...) of X, or of each job; None if it is the share of columns that are not zero.
+        weights: (p, ...), ‖W‖_F² before the update; None of sharded ones.
+        sums: (p, ..., 7), what else would be added up from all these, if a kernel has done so.
     """
 
     norms: tuple[str, ...]
@@ -62,6 +65,8 @@ class Measured(NamedTuple):
     rows: Tensor
     columns: Tensor
     mean_square: Tensor | None = None
+    weights: Tensor | None = None
+    sums: Tensor | None = None
 
 
 def inverse_rms(squares: Tensor) -> Tensor:
@@ -69,47 +74,47 @@ def inverse_rms(squares: Tensor) -> Tensor:
     return torch.where(squares == 0, 0, squares.rsqrt())
 
 
-def weight_squares(weights: Sequence[Tensor]) -> Tensor:
-    """‖W‖_F² (p, ...) of matrices (..., m, n); to be taken before the update."""
-    if weights[0].ndim == 2 and weights[0].dtype is _working(weights[0]):
-        return torch.stack(torch._foreach_norm(list(weights))).square_()
-    return torch.stack([_squares(W) for W in weights])
-
-
-def observe_whole(updates: Sequence[tuple[Measured, Tensor]], lr: float | Tensor) -> list[Observation]:
-    """Of each parameter of some updates at one rate, from its matrices and their `weight_squares`."""
-    rows, live, mean_squares, squares, shapes, shares = [], [], [], [], list[tuple[int, int]](), list[float]()
-    for measured, weights in updates:
-        rows.append(measured.rows.flatten(0, -2))
-        live.append(measured.columns.count_nonzero(-1).flatten())
-        mean_squares.append(None if measured.mean_square is None else measured.mean_square.flatten())
-        squares.append(weights.flatten())
-        shapes += [(measured.rows.shape[-1], measured.columns.shape[-1])] * len(rows[-1])
-        shares += [len(weights) / len(rows[-1])] * len(rows[-1])
-    found = [x for x in mean_squares if x is not None]
-    sums = _sums(
-        rows, torch.cat(live), tuple(shapes), tuple(shares), torch.cat(squares), torch.cat(found) if found else None
-    )
+def observe_whole(updates: Sequence[Measured], lr: float | Tensor) -> list[Observation]:
+    """Of each parameter of some updates at one rate, from its matrices."""
+    by_update = [measured.sums for measured in updates if measured.sums is not None]
+    if len(by_update) < len(updates):
+        by_update = _sums_of(updates)
+    sums = torch.cat([x if x.ndim == 2 else x.flatten(1, -2).sum(1) for x in by_update])
     residuals = []
-    if len(sums) > sum(len(weights) for _, weights in updates):  # several matrices in a parameter
-        counts = [(len(weights), len(flat)) for (_, weights), flat in zip(updates, rows, strict=True)]
-        parts = zip(sums.split([matrices for _, matrices in counts]), counts, strict=True)
-        sums = torch.cat([part.view(p, -1, _SUMS).sum(1) for part, (p, _) in parts])
-    for measured, weights in updates:
+    for measured in updates:
         errors = measured.residuals
-        errors = errors.flatten(1, -3).square().mean(1).sqrt() if weights.ndim > 1 else errors
+        errors = errors.flatten(1, -3).square().mean(1).sqrt() if errors.ndim > 3 else errors
         residuals += [(measured.norms, error) for error in errors.unbind()]
     statistics = _statistics(sums, lr).unbind()
     return [Observation(*errors, told) for errors, told in zip(residuals, statistics, strict=True)]
 
 
+def _sums_of(updates: Sequence[Measured]) -> list[Tensor]:
+    """For each update (p, ..., 7)."""
+    rows, live, mean_squares, weights, shapes, shares = [], [], [], [], list[tuple[int, int]](), list[float]()
+    for measured in updates:
+        assert measured.weights is not None
+        rows.append(measured.rows.flatten(0, -2))
+        live.append(measured.columns.count_nonzero(-1).flatten())
+        mean_squares.append(None if measured.mean_square is None else measured.mean_square.flatten())
+        weights.append(measured.weights.flatten())
+        shapes += [(measured.rows.shape[-1], measured.columns.shape[-1])] * len(rows[-1])
+        shares += [len(measured.weights) / len(rows[-1])] * len(rows[-1])
+    found = [x for x in mean_squares if x is not None]
+    sums = _sums(
+        rows, torch.cat(live), tuple(shapes), tuple(shares), torch.cat(weights), torch.cat(found) if found else None
+    )
+    parts = sums.split([len(part) for part in rows])
+    return [part.view(*measured.rows.shape[:-1], _SUMS) for part, measured in zip(parts, updates, strict=True)]
+
+
 def sharded_weight_squares(jobs: Sequence[Job], like: Tensor) -> Tensor:
     """‖W‖_F² (jobs,) of whole matrices; a collective call, before the update."""
     zero = like.new_zeros((), dtype=_working(like))
-    squares = torch.stack([sum((_squares(piece.weight) for piece in job.matrix.pieces), start=zero) for job in jobs])
+    found = torch.stack([sum((squares(piece.weight) for piece in job.matrix.pieces), start=zero) for job in jobs])
     groups = [tuple(dict.fromkeys((*job.matrix.column_groups, *job.matrix.row_groups))) for job in jobs]
-    reduce_((squares,), [(slice(k, k + 1), found) for k, found in enumerate(groups)])
-    return squares
+    reduce_((found,), [(slice(k, k + 1), group) for k, group in enumerate(groups)])
+    return found
 
 
 def observe_sharded(measured: Measured, jobs: Sequence[Job], weights: Tensor) -> list[Observation]:
@@ -147,10 +152,11 @@ def _sums(
             place[:, : part.shape[1]] = part
     fixed = _constants(shapes, shares, joined.device, _wide(joined))
     live = joined != 0
-    rms = torch.where(live, joined.to(_wide(joined)).reciprocal(), 0)
+    inverse = torch.where(live, joined, torch.inf)  # of rows that are zero, and of those filled up
     mean = live_columns / fixed.n if mean_square is None else mean_square
-    tail = _inverse_tail_index(rms, fixed) if rms.shape[-1] else torch.zeros_like(mean)
-    columns = [rms.square().sum(-1) * fixed.n, tail * fixed.share, fixed.m - live.sum(-1), fixed.n - live_columns]
+    tail = _inverse_tail_index(inverse, fixed) if inverse.shape[-1] else torch.zeros_like(mean)
+    mean_squares = inverse.to(_wide(inverse)).reciprocal_().square_()  # of rows
+    columns = [mean_squares.sum(-1) * fixed.n, tail * fixed.share, fixed.m - live.sum(-1), fixed.n - live_columns]
     return torch.stack([*columns, mean * fixed.share, weight_squares, fixed.entries], -1)
 
 
@@ -179,11 +185,11 @@ def _constants(
     return _Constants(m, n, entries, share, torch.tensor(tails).unsqueeze(-1).to(device), weights.to(device))
 
 
-def _inverse_tail_index(rms: Tensor, fixed: _Constants) -> Tensor:
-    """Hill's estimator of ξ: mean of log(x_i / x_{k+1}) over the k largest of every row (matrices, m)."""
-    largest = rms.topk(fixed.weights.shape[-1]).values
+def _inverse_tail_index(inverse: Tensor, fixed: _Constants) -> Tensor:
+    """Hill's estimator of ξ from 1 / x (matrices, m): the mean of log(x_i / x_{k+1}) over the k largest x of each."""
+    smallest = inverse.topk(fixed.weights.shape[-1], largest=False).values.to(fixed.weights.dtype)
     # log1p, as MKL's log makes even a few numbers wait for all threads, which on a busy machine takes milliseconds.
-    logs = (largest / largest.gather(-1, fixed.last)).sub_(1).log1p_().nan_to_num(0, torch.inf, 0)
+    logs = (smallest.gather(-1, fixed.last) / smallest).sub_(1).log1p_().nan_to_num_(0, torch.inf, 0)
     return torch.where(fixed.weights == 0, 0, logs * fixed.weights).sum(-1)
 
 
@@ -217,11 +223,6 @@ def live_columns(columns: Tensor, jobs: Sequence[Job]) -> Tensor:
     groups = [() if job.matrix.flat else job.matrix.row_groups for job in jobs]
     reduce_((live,), [(slice(k, k + 1), g) for k, g in enumerate(groups)])
     return live
-
-
-def _squares(W: Tensor) -> Tensor:
-    """By rows, in the working precision: quick, and nothing of W's size is allocated."""
-    return torch.linalg.vector_norm(W, dim=-1, dtype=_working(W)).square().sum(-1)
 
 
 def _working(tensor: Tensor) -> torch.dtype:

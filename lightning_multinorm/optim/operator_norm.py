@@ -19,6 +19,7 @@ from lightning_multinorm.optim.observation import Measured, live_columns
 from lightning_multinorm.optim.scalings import place, row_blocks
 from lightning_multinorm.rounding import lowbias32
 from lightning_multinorm.sinkhorn.sharded import Job, Passes, alternated
+from lightning_multinorm.sinkhorn.tracing import weight_squares
 
 STEPS = 8
 """The result is some 1 % too low for the flattest spectra (Gaussian entries), rarely 6 %, where the start happens to be
@@ -122,7 +123,7 @@ def update_(jobs: Sequence[Job], iterations: int, passes: Passes, like: Tensor, 
     if found is None:
         return None
     live = live_columns(found.columns, jobs) / norms.new_tensor([max(1, job.matrix.shape[1]) for job in jobs])
-    return Measured(("row", "column"), *found, live * factors.square())
+    return Measured(("row", "column"), *found.vectors, live * factors.square())
 
 
 def update_whole_(batch: Batch, passes: Passes) -> Measured | None:
@@ -136,6 +137,7 @@ def update_whole_(batch: Batch, passes: Passes) -> Measured | None:
     ]
     if not jobs:
         return None
+    squares = weight_squares(batch.weights) if batch.observe else None
     found = update_(jobs, batch.iterations, passes, batch.weights[0], observe=batch.observe)
     if found is None:
         return None
@@ -143,7 +145,7 @@ def update_whole_(batch: Batch, passes: Passes) -> Measured | None:
     *several, _, _ = len(batch.weights), *batch.weights[0].shape
     residuals = found.residuals.view(*several, *found.residuals.shape[1:])
     rows, columns = found.rows.view(*several, -1), found.columns.view(*several, -1)
-    return Measured(found.norms, residuals, rows, columns, found.mean_square.view(several))
+    return Measured(found.norms, residuals, rows, columns, found.mean_square.view(several), squares)
 
 
 def _largest_eigenvalue(T: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from lightning_multinorm.optim.observation import (
     observe_sharded,
     observe_whole,
     sharded_weight_squares,
-    weight_squares,
 )
 from lightning_multinorm.scaling import working_dtype
 from lightning_multinorm.sinkhorn import Tracing, scalings, select, sharded
+from lightning_multinorm.sinkhorn.tracing import weight_squares
 from lightning_multinorm.views import as_matrices
 
 _NORMS = ("row", "column")
@@ -51,8 +51,10 @@ class Shadow:
                 continue
             _, _, found = scalings(as_matrices(parameter.grad, view, like=parameter), self._iterations, trace=True)
             assert found is not None
-            measured = Measured(_NORMS, *(x.unsqueeze(0) for x in found))
-            yield parameter, observe_whole([(measured, weight_squares([as_matrices(parameter, view)]))], 1.0)[0]
+            squares = weight_squares([as_matrices(parameter, view)])
+            residuals, rows, columns = (x.unsqueeze(0) for x in found.vectors)
+            measured = Measured(_NORMS, residuals, rows, columns, weights=squares)
+            yield parameter, observe_whole([measured], 1.0)[0]
         for parameters in spread.values():
             yield from zip(parameters, self._of_sharded(parameters), strict=True)
 
@@ -66,7 +68,7 @@ class Shadow:
         dtypes = {x.dtype for job in jobs for piece in job.matrix.pieces for x in (piece.weight, piece.gradient)}
         passes = select.passes("auto", like.device, {*dtypes, like.dtype})
         found: Tracing = sharded.trace(jobs, self._iterations, passes, like)
-        return observe_sharded(Measured(_NORMS, *found), jobs, sharded_weight_squares(jobs, like))
+        return observe_sharded(Measured(_NORMS, *found.vectors), jobs, sharded_weight_squares(jobs, like))
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -117,7 +117,9 @@ class SinkGD(MultiNormOptimizer):
             seed=batch.seed,
             kernel=self._kernel,
         )
-        return None if found is None else Measured(("row", "column"), *found)
+        if found is None:
+            return None
+        return Measured(("row", "column"), *found.vectors, weights=found.weights, sums=found.sums)
 
     def _update_sharded_(
         self, jobs: Sequence[Job], group: Group, iterations: int, like: Tensor, *, observe: bool
@@ -127,4 +129,4 @@ class SinkGD(MultiNormOptimizer):
         if group["rescale"] == "operator":
             return operator_norm.update_(jobs, iterations, passes, like, observe=observe)
         found = sharded.update_(jobs, iterations, passes, like, trace=observe)
-        return None if found is None else Measured(("row", "column"), *found)
+        return None if found is None else Measured(("row", "column"), *found.vectors)

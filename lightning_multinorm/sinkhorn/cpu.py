@@ -6,6 +6,7 @@ are added in the same order either way, so results do not depend on the number o
 Needs Numba (``pip install 'lightning-multinorm[numba]'``). Float32, bfloat16 and float16, in any mix.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -62,13 +63,15 @@ def update_(
         raise ValueError(f"{len(weights)} weights do not match {len(gradients)} gradients")
     *batch, m, n = gradients[0].shape
     found = Tracing(*(torch.zeros(len(weights), *batch, *size) for size in ((iterations, 2), (m,), (n,))))
+    sums = torch.zeros(len(weights), *batch, kernels.SUMS, dtype=torch.float64)
     if gradients[0].numel():
         rate = float(lr)
         how = _How(rate, 1 - rate * weight_decay, None if seed is None else int(seed))
-        kept = _Kept.of(None, found) if trace else _Kept()
+        kept = _Kept.of(None, found, sums=sums) if trace else _Kept()
         _solve(_matrices(weights), _matrices(gradients), (m, n), iterations, kept, how=how)
         torch.autograd.graph.increment_version([W for W in weights if not W.is_inference()])
-    return found if trace else None
+        sums[..., [1, 4]] /= math.prod(batch)  # averages over the matrices of a parameter
+    return found._replace(weights=sums[..., 5], sums=sums) if trace else None
 
 
 class _How(NamedTuple):
@@ -92,15 +95,17 @@ class _Kept(NamedTuple):
     first: Tensor | None = None
     r: Tensor | None = None
     c: Tensor | None = None
+    sums: Tensor | None = None
 
     @classmethod
-    def of(cls, r: Tensor | None, found: Tracing, trace: bool = True) -> "_Kept":
+    def of(cls, r: Tensor | None, found: Tracing, trace: bool = True, sums: Tensor | None = None) -> "_Kept":
         def by_matrix(x: Tensor, dims: int) -> Tensor:
             return x.view(count, *x.shape[x.ndim - dims :])
 
         count = found.columns.shape[:-1].numel()
         residuals, first = (by_matrix(found.residuals, 2), by_matrix(found.rows, 1)) if trace else (None, None)
-        return cls(residuals, first, None if r is None else by_matrix(r, 1), by_matrix(found.columns, 1))
+        others = (None if x is None else by_matrix(x, 1) for x in (r, found.columns, sums))
+        return cls(residuals, first, *others)
 
 
 class _Matrix(NamedTuple):
@@ -185,7 +190,7 @@ def _solve(
         return
     work = _Work.empty(*shape)
     for k, G in enumerate(Gs):
-        residuals, first, r, c = (None if x is None else x[k].numpy() for x in kept)
+        residuals, first, r, c, sums = (None if x is None else x[k].numpy() for x in kept)
         own = work._replace(r=work.r if r is None else r, c=work.c if c is None else c)
         if not _share_scalings(G, iterations, residuals, first, own, threads, scaled=False):
             kernels.equilibrate(*G, *shape, own.a, own.b, own.buffer)
@@ -194,7 +199,9 @@ def _solve(
                 if scaling is not None:
                     kernels.unscale(scaling, powers)
         if Ws is not None:
-            _share_update(Ws[k], G, own, how, how.key(k), threads)
+            weights = _share_update(Ws[k], G, own, how, how.key(k), threads, weigh=sums is not None)
+            if first is not None and sums is not None:
+                kernels.summarize(first, own.c, weights, sums)
 
 
 def _places(vectors: Tensor | None, count: int) -> Sequence[int]:
@@ -205,13 +212,17 @@ def _places(vectors: Tensor | None, count: int) -> Sequence[int]:
     return range(vectors.data_ptr(), vectors.data_ptr() + count * size, size) if size else [0] * count
 
 
-def _share_update(W: "_Matrix", G: "_Matrix", work: "_Work", how: _How, noise: int, threads: int) -> None:
+def _share_update(W: "_Matrix", G: "_Matrix", work: "_Work", how: _How, noise: int, threads: int, weigh: bool) -> float:
     rounding = (np.float32(how.lr), np.float32(how.keep), how.seed is not None, noise)
+    panels = _panels(len(work.r))
+    squares = [0.0] * len(panels)
 
-    def rows(i: tuple[int, int], own: _Work) -> None:
-        kernels.update(*W, *G, *i, len(work.c), work.r, work.c, *rounding, own.buffer)
+    def rows(item: tuple[int, tuple[int, int]], own: _Work) -> None:
+        k, i = item
+        squares[k] = kernels.update(*W, *G, *i, len(work.c), work.r, work.c, *rounding, weigh, own.buffer)
 
-    _run(rows, _panels(len(work.r)), len(work.r), len(work.c), threads)
+    _run(rows, list(enumerate(panels)), len(work.r), len(work.c), threads)
+    return sum(squares)
 
 
 def _share_scalings(

@@ -15,6 +15,7 @@ Legend: G gradient (m, n), W weight; m rows = output features, n columns = input
 a (m), b (n) powers of two; q (m) RMS of the rows of G diag(c), so r = 1 / q; i rows, j columns.
 """
 
+import math
 from functools import lru_cache, partial
 from typing import Any
 
@@ -43,6 +44,7 @@ _LARGEST = np.float32(np.finfo(np.float32).max)
 _TRUSTED_LOW, _TRUSTED_HIGH = np.float32(2.0**-40), np.float32(2.0**40)  # of a root mean square
 _PAGE, _LINES = 4096, 16
 _ONE, _ZERO = np.float32(1), np.float32(0)
+SUMS = 7  # of a matrix, see `summarize`
 _ZEROS, _STAGE, BUFFER = 4, 5, 6  # a buffer's rows: four that are worked on, one of zeros, one to convert in
 
 
@@ -344,6 +346,36 @@ def scalings(
 
 
 @jit
+def summarize(first: Any, c: Any, weights: float, sums: Any) -> None:
+    """What `optim.observation` adds up of a matrix, in its order, from 1 / RMS of the rows of G and the last c."""
+    m, n = len(first), len(c)
+    squares, live = 0.0, 0
+    inverse = np.empty(m, np.float32)  # of rows that are not zero
+    for i in range(m):
+        if first[i] != _ZERO:
+            squares += 1 / np.float64(first[i]) ** 2
+            inverse[live] = first[i]
+            live += 1
+    sums[0], sums[1], sums[2], sums[3] = squares * n, _inverse_tail_index(inverse[:live], m), m - live, _zeros(c, n)
+    sums[4], sums[5], sums[6] = (n - sums[3]) / n, weights, m * n
+
+
+@jit
+def _inverse_tail_index(inverse: Any, m: int) -> float:
+    """Hill's estimator over a tenth of m rows; infinite if fewer are not zero, 0 if none is."""
+    k = max(0, min(math.ceil(0.1 * m), m - 1))
+    if k == 0 or len(inverse) == 0:
+        return 0.0
+    if len(inverse) <= k:
+        return np.inf
+    smallest = np.partition(inverse, k)[: k + 1]
+    total = 0.0
+    for i in range(k):
+        total += math.log(np.float64(smallest[k]) / np.float64(smallest[i]))
+    return total / k
+
+
+@jit
 def begin(r: Any, c: Any, b: Any, scaled: bool) -> None:
     """The first row sums are those of G itself, not of diag(a) G diag(b)."""
     r[:] = _ONE
@@ -387,9 +419,10 @@ def _alternate(
 @jit
 def update(
     W: int, w_kind: int, w_row: int, w_column: int, G: int, g_kind: int, g_row: int, g_column: int,
-    i0: int, i1: int, n: int, r: Any, c: Any, lr: Any, keep: Any, stochastic: bool, key: int, buffer: Any,
-) -> None:  # fmt: skip
-    """Rows i0..i1 of W <- keep · W - (lr r_i G_ij) c_j, rounded once."""
+    i0: int, i1: int, n: int, r: Any, c: Any, lr: Any, keep: Any, stochastic: bool, key: int, weigh: bool, buffer: Any,
+) -> float:  # fmt: skip
+    """Rows i0..i1 of W <- keep · W - (lr r_i G_ij) c_j, rounded once; to ``weigh``, the sum of their squares before."""
+    squares = 0.0
     w_size, g_size = 4 if w_kind == FLOAT32 else 2, 4 if g_kind == FLOAT32 else 2
     for i in range(i0, i1):
         w_address, g_address = W + i * w_row * w_size, G + i * g_row * g_size
@@ -400,6 +433,8 @@ def update(
         else:
             w = buffer[1]
             load(w_address, w_kind, w_column, n, w)
+        if weigh:
+            squares += np.float64(_sum_of_squares(w, None))
         if g_column == 1 and g_kind == FLOAT32:
             _update_row(w, _floats(g_address, n), r[i] * lr, c, keep)
         elif g_column == 1 and g_kind == BFLOAT16:
@@ -409,6 +444,7 @@ def update(
             _update_row(w, buffer[0], r[i] * lr, c, keep)
         if not direct:
             _store(w, w_address, w_kind, w_column, n, stochastic, np.uint32(key), i * n)
+    return squares
 
 
 # A job: what all matrices share, in int64; and a row for each matrix. Addresses are integers.
@@ -419,7 +455,7 @@ JOB = np.dtype(
 )
 MATRIX = np.dtype(
     [(name, np.int64) for name in ("W", "w_row", "w_column", "G", "g_row", "g_column", "key")]
-    + [(name, np.int64) for name in ("residuals", "first", "r", "c")]
+    + [(name, np.int64) for name in ("residuals", "first", "r", "c", "sums")]
 )
 
 
@@ -448,10 +484,12 @@ def work(address: int) -> None:
         if M.c:
             _floats(M.c, n)[:] = c
         if M.W:
-            update(
+            weights = update(
                 M.W, job.w_kind, M.w_row, M.w_column, M.G, job.g_kind, M.g_row, M.g_column,
-                0, m, n, r, c, lr, keep, stochastic, M.key, buffer,
+                0, m, n, r, c, lr, keep, stochastic, M.key, trace, buffer,
             )  # fmt: skip
+            if trace:
+                summarize(_floats(M.first, m), c, weights, carray(pointer(M.sums), (SUMS,), np.float64))
 
 
 @lru_cache

@@ -71,7 +71,8 @@ def apply_(
         rows, columns = part.gradient.shape
         kernels.update(
             *_matrix(part.weight), *_matrix(part.gradient), 0, rows, columns, part.r.numpy(), part.c.numpy(),
-            np.float32(rate), np.float32(1 - rate * decay), rounding, 0 if seed is None else key(int(seed), 0), buffer,
+            np.float32(rate), np.float32(1 - rate * decay), rounding, 0 if seed is None else key(int(seed), 0),
+            False, buffer,
         )  # fmt: skip
 
     _each(update, parts)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_multinorm.rounding import noise, round_to_bfloat16
 from lightning_multinorm.scaling import inverse_power_of_two, working_dtype
-from lightning_multinorm.sinkhorn.tracing import Tracing
+from lightning_multinorm.sinkhorn.tracing import Tracing, weight_squares
 
 # Entries of one block: small enough to stay in a CPU's cache and to be no weight in memory, large enough to keep an
 # accelerator busy.
@@ -37,10 +37,10 @@ def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple
     step = max(1, block_size(G) // max(1, m * n))
     for i in range(0, len(G) if iterations and G.numel() else 0, step):
         part = slice(i, i + step)
-        seen = None if found is None else Tracing(*(x[part] for x in found))
+        seen = None if found is None else Tracing(*(x[part] for x in found.vectors))
         r[part], c[part] = _alternate(G[part], iterations, seen)
     if found is not None:
-        found = Tracing(*(x.reshape(*batch, *x.shape[1:]) for x in found))
+        found = Tracing(*(x.reshape(*batch, *x.shape[1:]) for x in found.vectors))
     return r.reshape(*batch, m), c.reshape(*batch, n), found
 
 
@@ -55,7 +55,7 @@ def update_(
     seed: int | Tensor | None = None,
 ) -> Tracing | None:
     """See `lightning_multinorm.sinkhorn.update_`."""
-    traces = []
+    traces, squares = [], weight_squares(weights) if trace else None
     per_stack = max(1, block_size(gradients[0]) // max(1, gradients[0].numel()))
     for i in range(0, len(weights), per_stack):
         part = gradients[i : i + per_stack]
@@ -67,8 +67,11 @@ def update_(
             # Noise is numbered by matrix, so a batch that is rounded stochastically is taken one matrix at a time.
             _apply_(W, G_k, r_k, c_k, lr, weight_decay, seed if W.dtype is torch.bfloat16 else None, k * matrices)
         traces.append(found)
-    kept = [found for found in traces if found is not None]
-    return Tracing(*(torch.cat(parts) for parts in zip(*kept, strict=True))) if trace else None
+    kept = [found.vectors for found in traces if found is not None]
+    if not trace:
+        return None
+    residuals, rows, columns = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    return Tracing(residuals, rows, columns, squares)
 
 
 def apply_part_(

@@ -1,7 +1,9 @@
 """What an update by SR-Sinkhorn sees of its matrices on the way, for those who ask."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -12,8 +14,33 @@ class Tracing(NamedTuple):
         residuals: (..., L, 2), of rows and columns after each iteration: RMS of norm / target - 1.
         rows: (..., m), 1 / RMS of every row of G: r after its first half step; 0 for a zero row.
         columns: (..., n), c after the last iteration; 0 for a zero column.
+        weights: (...), ‖W‖_F² before the update; None where nothing was updated.
+        sums: (..., 7), in float64, what `optim.observation` adds up, where the path has it; else None.
     """
 
     residuals: Tensor
     rows: Tensor
     columns: Tensor
+    weights: Tensor | None = None
+    sums: Tensor | None = None
+
+    @property
+    def vectors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Residuals, rows and columns."""
+        return self[:3]
+
+
+def weight_squares(weights: Sequence[Tensor]) -> Tensor:
+    """‖W‖_F² (p, ...) of matrices (..., m, n) of one shape and dtype; to be taken before the update."""
+    if weights[0].device.type != "cpu" and weights[0].ndim == 2 and weights[0].dtype in (torch.float32, torch.float64):
+        return torch.stack(torch._foreach_norm(list(weights))).square_()
+    return torch.stack([squares(W) for W in weights])
+
+
+def squares(W: Tensor) -> Tensor:
+    """‖W‖_F² (...), in float32 or wider; nothing of W's size is allocated.
+
+    By rows, since one sum of millions of squares in float32 is off by a thousandth on the CPU.
+    """
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    return torch.linalg.vector_norm(W, dim=-1, dtype=dtype).square().sum(-1)

@@ -30,7 +30,7 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from lightning_multinorm.sinkhorn import triton_kernels as kernels
-from lightning_multinorm.sinkhorn.tracing import Tracing
+from lightning_multinorm.sinkhorn.tracing import Tracing, weight_squares
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -89,10 +89,10 @@ def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple
             (table,) = _tables([gradient], [gradient])
             work = _Work(table, gradient, gradient)
             for part in work.groups():
-                seen = None if found is None else Tracing(*(x[part] for x in found))
+                seen = None if found is None else Tracing(*(x[part] for x in found.vectors))
                 work.alternate(part, r[part], c[part], iterations, seen)
     if found is not None:
-        found = Tracing(*(x.view(*batch, *x.shape[1:]) for x in found))
+        found = Tracing(*(x.view(*batch, *x.shape[1:]) for x in found.vectors))
     return r.view(*batch, m), c.view(*batch, n), found
 
 
@@ -124,6 +124,7 @@ def update_(
         raise ValueError(f"{len(weights)} weights {[*W.shape]} do not match {len(gradients)} gradients {[*G.shape]}")
     *batch, m, n = G.shape
     found = _traced(G, len(weights) * math.prod(batch), m, n, iterations) if trace else None
+    squares = weight_squares(weights) if trace else None
     if G.numel():
         with _on(G.device):
             rate = lr if isinstance(lr, Tensor) and lr.device == G.device else float(lr)
@@ -134,17 +135,20 @@ def update_(
                 r, c = (_new(torch.ones, G, work.plan.group, k) for k in (m, n))
                 seen = _traced(G, len(table.addresses), m, n, iterations) if trace else None
                 for part in work.groups():
-                    own = None if seen is None else Tracing(*(x[part] for x in seen))
+                    own = None if seen is None else Tracing(*(x[part] for x in seen.vectors))
                     if iterations:
                         work.alternate(part, r, c, iterations, own)
                     if own is not None:
                         own.columns.copy_(c[: len(own.columns)])
                     work.apply_(part, r, c, rate, weight_decay, seed)
                 if found is not None and seen is not None:
-                    for all_of_them, those in zip(found, seen, strict=True):
+                    for all_of_them, those in zip(found.vectors, seen.vectors, strict=True):
                         all_of_them.index_copy_(0, table.addresses[:, 2], those)
         torch.autograd.graph.increment_version([W for W in weights if not W.is_inference()])
-    return None if found is None else Tracing(*(x.view(len(weights), *batch, *x.shape[1:]) for x in found))
+    if found is None:
+        return None
+    residuals, rows, columns = (x.view(len(weights), *batch, *x.shape[1:]) for x in found.vectors)
+    return Tracing(residuals, rows, columns, squares)
 
 
 def apply_(

@@ -1,5 +1,6 @@
 """Observers get a parameter and its trace: residuals as recomputed in float64 from gradient and update alone."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning_multinorm import SWAN, MultiNormGD, SinkGD, alternating
 from lightning_multinorm.norms import ColumnNorm, Norm, RowNorm, SpectralNorm
 from lightning_multinorm.optim.observation import STATISTICS, Observation
 from lightning_multinorm.sinkhorn import cpu, eager
+from lightning_multinorm.sinkhorn.tracing import weight_squares
 
 from . import reference
 from .models import TEXT_MATRICES, TinyText, backward
@@ -157,6 +159,35 @@ def test_statistics_of_several_matrices_in_one_parameter() -> None:
         change.square().mean().sqrt(), change.norm() / W.norm(),
     ]  # fmt: skip
     assert_close(seen[0], torch.tensor([float(x) for x in wanted]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(24, 15), (2, 1), (1, 9), (9, 1), (600, 40), (3, 24, 15)], ids=str)
+@pytest.mark.parametrize("alive", [1.0, 0.08, 0.0], ids=["all rows", "fewer rows than the tail", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_kernels_statistics_are_those_of_plain_pytorch(
+    shape: tuple[int, ...], alive: float, dtype: torch.dtype, threads: int
+) -> None:
+    W, G = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    G[..., math.ceil(alive * shape[-2]) :, :] = 0
+    told = {}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)  # a matrix for each thread, or panels of one
+        for kernel in ("auto", "eager"):
+            weight = nn.Parameter(W.clone())
+            weight.grad = G.clone()
+            optimizer = SinkGD([{"params": [("w", weight)], "rule": "multinorm"}], kernel=kernel)  # type: ignore[arg-type]
+            optimizer.observers.append(lambda _, seen, kernel=kernel: told.update({kernel: seen.statistics}))
+            optimizer.step()
+    finally:
+        torch.set_num_threads(before)
+    assert_close(told["auto"], told["eager"], rtol=1e-5, atol=0)
+
+
+def test_squares_of_a_large_weight_are_not_added_up_in_float32() -> None:
+    W = torch.randn(1024, 4096)
+    assert_close(weight_squares([W])[0].double(), W.double().square().sum(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("exponent", "tolerance"), [(2.0, 0.35), (6.0, 1.0)])

@@ -99,7 +99,9 @@ def _check_update(dtypes: tuple[torch.dtype, torch.dtype], lr: float | Tensor, w
     assert_close(torch.stack(weights).double(), expected, rtol=1.01 * half_ulp, atol=4e-6)
     assert torch.equal(G, before)
     assert found is not None
-    assert [x.shape for x in found] == [(5, 3, 2), (5, 9), (5, 15)]
+    assert [x.shape for x in found.vectors] == [(5, 3, 2), (5, 9), (5, 15)]
+    assert found.weights is not None
+    assert_close(found.weights.double(), W.double().square().sum((1, 2)), rtol=1e-6, atol=0)
     assert_close(found.residuals.double(), torch.stack([_residuals(matrix, 3) for matrix in G]), rtol=2e-4, atol=1e-6)
     as_batch = W.clone()
     update_([as_batch], [G], lr=lr, weight_decay=weight_decay, iterations=3)
