@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -172,7 +173,7 @@ def _check_devices(trainer: Namespace) -> None:
     """What Lightning would refuse without a word of what to do.
 
     Raises:
-        UsageError: for an unknown strategy, or a GPU that is not there.
+        UsageError: for an unknown strategy, a GPU that is not there, or fewer devices than processes of torchrun.
     """
     strategies = ["auto", *StrategyRegistry.available_strategies()]
     if isinstance(trainer.strategy, str) and trainer.strategy not in strategies:
@@ -184,6 +185,23 @@ def _check_devices(trainer: Namespace) -> None:
             f"trainer.accelerator={trainer.accelerator}, but torch finds no GPU; set it to auto or cpu, or install a "
             "torch that fits the driver (nvidia-smi)"
         )
+    started = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_torchelastic_launched() else 0
+    if (devices := _devices(trainer)) < started:
+        raise UsageError(
+            f"trainer.devices={trainer.devices} is {devices} on this machine, but torchrun has started {started} "
+            f"processes; give --trainer.devices {started}, or torchrun --nproc-per-node {devices}"
+        )
+
+
+def _devices(trainer: Namespace) -> int:
+    """How many devices the processes of this machine are to use."""
+    asked = trainer.devices
+    if isinstance(asked, str) and asked.lstrip("-").isdigit():
+        asked = int(asked)
+    if asked in ("auto", -1):
+        on_gpu = trainer.accelerator != "cpu" and torch.cuda.is_available()
+        return torch.cuda.device_count() if on_gpu else 1
+    return asked if isinstance(asked, int) else len(asked if isinstance(asked, list) else asked.split(","))
 
 
 def _interval(trainer: Namespace) -> int:

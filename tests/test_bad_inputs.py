@@ -52,3 +52,18 @@ def test_a_bad_input_is_met_with_one_line(
     found = judge(int(stopped.value.code or 0), capsys.readouterr().err, before, contents(tmp_path))
     assert (found.status, found.wrong) == (2, "")
     assert CHEAP[name] in found.message
+
+
+@pytest.mark.parametrize("devices", ["auto", "1", "[0]", "-1"])
+def test_more_processes_than_devices_are_met_with_one_line(
+    devices: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lightning_multinorm"])
+    for name, value in (("TORCHELASTIC_RUN_ID", "none"), ("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", "quickstart.yaml", "--trainer.accelerator", "cpu", f"--trainer.devices={devices}"])
+    assert stopped.value.code == 2
+    assert "is 1 on this machine, but torchrun has started 2 processes" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -60,6 +60,11 @@ class TrainingProgress(RichProgressBar):
             self._printed = step  # once, however many micro-batches a step has
             self._print_line(trainer, step)
 
+    @override
+    def _get_train_description(self, current_epoch: int) -> str:
+        # Lightning's is "Epoch 0/-2" for a run that is as long as its steps.
+        return "Training".ljust(len(self.validation_description))
+
     @rank_zero_only
     def _print_line(self, trainer: Trainer, step: int) -> None:
         total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""

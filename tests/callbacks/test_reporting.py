@@ -88,6 +88,13 @@ def test_a_run_without_a_terminal_prints_lines(tmp_path: Path, capsys: pytest.Ca
     assert f"tokens {quantity(16 * TOKENS)}" in steps[-1] and steps[-1].endswith("0 s left") and "loss" in steps[-1]
 
 
+def test_the_bar_of_a_run_of_steps_counts_no_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, as Rich takes it
+    progress = TrainingProgress(refresh_rate=1)
+    trainer(tmp_path, 2, callbacks=[progress], enable_progress_bar=True).fit(tiny_llama(), loader())
+    assert [task.description for task in progress.progress.tasks] == ["Training  "]
+
+
 def test_summary_says_what_was_reached_and_where_it_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = ModelCheckpoint(tmp_path, monitor="val/loss", filename="best-{step}")
     run = trainer(tmp_path, 4, callbacks=[Throughput(), RunSummary(), checkpoint], enable_checkpointing=True)
