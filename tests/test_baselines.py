@@ -21,6 +21,7 @@ PACKAGES = {
     "apollo": "apollo_torch",
     "apollo_mini": "apollo_torch",
     "fira": "fira",
+    "racs": "pytorch_optimizer",
     "adamw8bit": "bitsandbytes",
 }
 RANKED = ("galore", "apollo", "fira")  # at a rank that fits a tiny model

@@ -32,7 +32,7 @@ PROTOCOL = {
     "max_iterations": 10,
     "rescale": "rms",
 }
-BASELINES = ("muon", "galore", "apollo", "apollo_mini", "fira", "adamw8bit")  # see test_baselines.py
+BASELINES = ("muon", "galore", "apollo", "apollo_mini", "fira", "racs", "adamw8bit")  # see test_baselines.py
 OVERLAYS = [name for name in packaged_configs() if "/" in name and Path(name).stem not in BASELINES]
 OPTIMIZERS = {
     "sinkgd": SinkGD,
