@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe
-from benchmarks.quickstart import run
+from benchmarks.training import run
 
 RESULTS = Path(__file__).parent / "results" / "rounding.json"
 NEAREST = "model.optimizer.init_args.stochastic_rounding=false"

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.machine import describe
-from benchmarks.quickstart import run, table
+from benchmarks.training import run, table
 
 RESULTS = Path(__file__).parent / "results" / "stateless_policy.json"
 POLICIES: dict[str, str | dict[str, str]] = {

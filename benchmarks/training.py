@@ -1,14 +1,6 @@
-"""The quickstart with every optimizer: same data, seed and number of tokens, one learning rate after another.
+"""A training of the quickstart as the real command, and a table of several."""
 
-``python -m benchmarks.quickstart [--seeds 1 2 3] [--only sinkgd adamw] [--set trainer.max_steps=100]``
-
-Each run is the real command in a process of its own, one at a time. Prints a table, and writes the losses of every
-validation and the machine into ``benchmarks/results/quickstart.json``.
-"""
-
-import argparse
 import csv
-import json
 import subprocess
 import sys
 import tempfile
@@ -16,19 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
-
-from benchmarks.machine import describe
-
-RESULTS = Path(__file__).parent / "results" / "quickstart.json"
-RATES = {
-    "sinkgd": [0.01, 0.04],
-    "adamw": [1e-3, 2e-3, 3e-3, 5e-3],
-    "swan": [0.02],
-    "multinorm": [0.02],
-    "sgd": [0.1, 0.5],
-}
 
 
 def run(optimizer: str, lr: float | None, seed: int, settings: list[str]) -> dict[str, Any]:
@@ -79,28 +59,3 @@ def table(runs: list[dict[str, Any]]) -> Table:
         loss, bits = f"{mean(results, 'loss'):.3f}{spread}", f"{mean(results, 'bits_per_byte'):.3f}"
         view.add_row(optimizer, rate, loss, bits, str(len(results)))
     return view
-
-
-def main() -> None:
-    """Parse the command line, run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", nargs="+", choices=RATES, default=list(RATES))
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of every run")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    plan: list[tuple[str, float | None]] = [("quickstart", None)]
-    plan += [(optimizer, lr) for optimizer in options.only for lr in RATES[optimizer]]
-    runs = []
-    for seed in options.seeds:
-        for optimizer, lr in plan:
-            runs.append(run(optimizer, lr, seed, options.set))
-            print(f"{optimizer:10} lr {lr} seed {seed}: {runs[-1]['loss']:.4f} nats/token, {runs[-1]['seconds']} s")
-            result = {"machine": describe(), "settings": options.set, "runs": runs}
-            options.out.parent.mkdir(exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
-    Console().print(table(runs))
-
-
-if __name__ == "__main__":
-    main()
