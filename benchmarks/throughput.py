@@ -1,7 +1,9 @@
 """Tokens a second of a whole training step: this project's trainer beside plain loops of PyTorch, and litgpt's model.
 
 ``python -m benchmarks.throughput [--model nano 60m] [--rounds 5] [--steps 10]``
-``python -m benchmarks.throughput --model 1b --precision bf16-true --compile``, on a GPU: each at its largest batch
+``python -m benchmarks.throughput --model 1b --length 1024 --precision bf16-true --compile --base "trainer adamw"``
+
+The second is for a GPU, where each trains at its largest batch.
 
 - *trainer*: the real command ``fit`` with its packaged configuration, loggers and all callbacks that are always there
   (residuals of the norms and logs every tenth step), and its data module replaced;
@@ -10,8 +12,9 @@
 
 All train on the same packed rows of random tokens, in one process, in turns, in another order each round. A turn builds
 everything anew, lets some steps pass, and times the next ``--steps`` together. Told are medians over rounds, and of the
-ratios to *plain adamw* in the same round, with quartiles. MFU is the share of the dense peak that the model's own FLOPs
-make: of a GPU's data sheet, or on a CPU of the fastest of ten products of 2048 × 2048 matrices, measured here.
+ratios to ``--base`` (*plain adamw*) in the same round, with quartiles. MFU is the share of the dense peak that the
+model's own FLOPs make: of a GPU's data sheet, or on a CPU of the fastest of ten products of 2048 × 2048 matrices,
+measured here.
 Prints a table, and writes all turns and the machine into ``benchmarks/results/throughput.json``.
 """
 
@@ -34,7 +37,7 @@ from lightning_multinorm.flops import peak_flops
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
 ROWS = {"nano": 16, "60m": 4}  # on a CPU
-BASE = "plain adamw"
+LENGTHS = {"nano": 128}  # else 256
 
 
 def largest(contender: str, setting: Setting) -> int:
@@ -91,18 +94,18 @@ def measure(setting: Setting, contenders: list[str], rounds: int, rows: int | No
     }
 
 
-def ratios(run: dict[str, Any], contender: str) -> list[float]:
+def ratios(run: dict[str, Any], contender: str, base: str) -> list[float]:
     """Of a contender's rate to the base's, round by round."""
     rates = run["tokens_per_second"]
-    return [mine / base for mine, base in zip(rates[contender], rates.get(BASE, []), strict=False)]
+    return [mine / other for mine, other in zip(rates[contender], rates.get(base, []), strict=False)]
 
 
-def table(run: dict[str, Any]) -> Table:
+def table(run: dict[str, Any], base: str) -> Table:
     """One row for each contender."""
     title = f"{run['model']}, {run['length']} tokens a row, {run['precision']}{', compiled' * run['compiled']}"
-    view = Table("", "rows", "tokens/s", "MFU", f"of {BASE}", "quartiles", title=title, box=SIMPLE_HEAD)
+    view = Table("", "rows", "tokens/s", "MFU", f"of {base}", "quartiles", title=title, box=SIMPLE_HEAD)
     for name, rates in run["tokens_per_second"].items():
-        rate, paired = median(rates), ratios(run, name)
+        rate, paired = median(rates), ratios(run, name, base)
         share = f"{rate * run['flops_per_token'] / run['peak_flops']:.1%}" if run["peak_flops"] else "unknown"
         low, _, high = quantiles(paired, n=4) if len(paired) > 1 else (float("nan"),) * 3
         ratio = f"{median(paired):.3f}" if paired else ""
@@ -120,6 +123,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="of a batch; default: 16 of nano and 4 else, on a GPU what fits")
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-true"])
     parser.add_argument("--compile", action="store_true", help="each block, of every contender")
+    parser.add_argument("--length", type=int, help="tokens of a row; default: 128 of nano and 256 else")
+    parser.add_argument("--base", choices=CONTENDERS, default="plain adamw", help="what rates are compared with")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     contenders = [name for name in options.only if litgpt_is_here() or not name.startswith("litgpt")]
@@ -127,10 +132,11 @@ def main() -> None:
         print("litgpt is not installed, so it is left out: pip install --no-deps litgpt")
     runs = []
     for model in options.model:
-        setting = Setting(model, options.steps, options.precision, options.compile)
+        length = options.length or LENGTHS.get(model, 256)
+        setting = Setting(model, options.steps, options.precision, options.compile, length)
         rows = options.rows or (None if torch.cuda.is_available() else ROWS.get(model, 4))
         runs.append(measure(setting, contenders, options.rounds, rows))
-        Console().print(table(runs[-1]))
+        Console().print(table(runs[-1], options.base))
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({"machine": describe(), "runs": runs}, indent=1) + "\n")
 

@@ -35,16 +35,12 @@ class Setting:
     steps: int
     precision: str
     compiled: bool
+    length: int
     rows: int = 1
 
     def of(self, **changes: int) -> Self:
         """The same with other rows or steps."""
         return replace(self, **changes)
-
-    @property
-    def length(self) -> int:
-        """Tokens in a row."""
-        return 128 if self.model == "nano" else 256
 
     @property
     def device(self) -> torch.device:
