@@ -179,12 +179,14 @@ def draw(sweep: Sweep, folder: Path) -> None:
     figure, axes = plt.subplots(
         1, len(options), figsize=(3.4 * len(options), 3.2), sharex=True, sharey=True, squeeze=False
     )
+    everywhere = sorted({run["width"] for run in sweep.runs})
+    colours = {width: plt.get_cmap("viridis")(k / len(everywhere)) for k, width in enumerate(everywhere)}
+    lines: dict[int, Any] = {}
     for panel, option in zip(axes[0], options, strict=True):
         widths = sorted({run["width"] for run in sweep.runs if run["option"] == option})
-        for k, width in enumerate(widths):
+        for width in widths:
             points = [(lr, loss) for lr, loss in sweep.losses(width, option).items() if math.isfinite(loss)]
-            colour = plt.get_cmap("viridis")(k / max(1, len(widths)))
-            panel.plot(*zip(*points, strict=True), "o-", color=colour, label=f"width {width}", markersize=4)
+            (lines[width],) = panel.plot(*zip(*points, strict=True), "o-", color=colours[width], markersize=4)
         panel.axvline(sweep.best(widths[0], option), color="grey", linewidth=0.8, linestyle=":")
         panel.set(xscale="log", xlabel="learning rate", title=option)
         rates = sorted({run["lr"] for run in sweep.runs})
@@ -192,7 +194,8 @@ def draw(sweep: Sweep, folder: Path) -> None:
         panel.minorticks_off()
         panel.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("validation loss (nats per token)")
-    axes[0][0].legend(frameon=False)
+    labels = [f"width {width}" for width in lines]
+    axes[0][-1].legend([*lines.values()], labels, frameon=False, loc="upper right")
     figure.tight_layout()
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"{sweep.out.stem}.{suffix}", dpi=150)
