@@ -43,6 +43,7 @@ class Shadow:
     def observe(self) -> Iterator[tuple[Tensor, Observation]]:
         """Of every parameter with a gradient, as if lr were 1; with sharded parameters a collective call."""
         spread: dict[tuple[Any, ...], list[Tensor]] = {}
+        whole: dict[torch.device, list[tuple[Tensor, Measured]]] = {}
         for parameter, view in self._views.items():
             if parameter.grad is None:
                 continue
@@ -51,10 +52,13 @@ class Shadow:
                 continue
             _, _, found = scalings(as_matrices(parameter.grad, view, like=parameter), self._iterations, trace=True)
             assert found is not None
-            squares = weight_squares([as_matrices(parameter, view)])
             residuals, rows, columns = (x.unsqueeze(0) for x in found.vectors)
-            measured = Measured(_NORMS, residuals, rows, columns, weights=squares)
-            yield parameter, observe_whole([measured], 1.0)[0]
+            weights = weight_squares([as_matrices(parameter, view)])
+            measured = Measured(_NORMS, residuals, rows, columns, weights=weights)
+            whole.setdefault(parameter.device, []).append((parameter, measured))
+        for pairs in whole.values():  # all at once: these are many operations on little data
+            told = observe_whole([measured for _, measured in pairs], 1.0)
+            yield from ((parameter, seen) for (parameter, _), seen in zip(pairs, told, strict=True))
         for parameters in spread.values():
             yield from zip(parameters, self._of_sharded(parameters), strict=True)
 
