@@ -1,6 +1,6 @@
 """What watching the norms costs: steps with `NormConvergence` and steps without it, in turn, in one training.
 
-``python -m benchmarks.telemetry [--model quickstart 60m] [--pairs 100]``
+``python -m benchmarks.telemetry [--model quickstart 60m] [--pairs 500]``
 
 Lightning's own Trainer on the CPU, with the loggers of the command line (TensorBoard and CSV) and every step logged.
 The callback observes and logs every second step; a step's time is from its start to the next step's, so that measuring,
@@ -124,11 +124,11 @@ def table(runs: list[dict[str, Any]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--pairs", type=int, default=100, help="of steps of the quickstart; a sixth as many of the 60M")
+    parser.add_argument("--pairs", type=int, default=500, help="of steps of the quickstart; a twentieth of the 60M")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     runs = [
-        measure(model, args.pairs // (6 if model == "60m" else 1), detailed)
+        measure(model, args.pairs // (20 if model == "60m" else 1), detailed)
         for model in args.model
         for detailed in (False, True)
     ]
