@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_multinorm.layouts import reduce_
 from lightning_multinorm.sinkhorn.sharded import Job
-from lightning_multinorm.sinkhorn.tracing import squares
+from lightning_multinorm.sinkhorn.tracing import SUMS, TAIL, squares
 
 STATISTICS = ("gradient_norm", "tail_index", "dead_rows", "dead_columns", "update_rms", "update_to_weight")
 """The names of what is told, in order. The gradient's norm is ‖G‖_F. The tail index is Hill's estimate of the exponent
@@ -24,9 +24,7 @@ with which the largest tenth of the row norms of G falls off, at most 1000; smal
 is no variance. Dead rows and columns are those of G that are zero. The update's RMS is of the change of W, its ratio to
 the weight ‖change of W‖_F / ‖W‖_F, 0 for a weight that is zero."""
 
-_TAIL = 0.1  # of the rows
 _NO_TAIL = 1e-3  # the smallest ξ told
-_SUMS = 7  # ‖G‖_F², ξ, dead rows, dead columns, mean square of X, ‖W‖_F², entries
 
 
 class Observation(NamedTuple):
@@ -57,7 +55,7 @@ class Measured(NamedTuple):
         columns: (p, ..., n), 0 for a zero column of G; of sharded ones likewise.
         mean_square: (p, ...) of X, or of each job; None if it is the share of columns that are not zero.
         weights: (p, ...), ‖W‖_F² before the update; None of sharded ones.
-        sums: (p, ..., 7), what else would be added up from all these, if a kernel has done so.
+        sums: (p, ..., len(SUMS)), what else would be added up from all these, if a kernel has done so.
     """
 
     norms: tuple[str, ...]
@@ -90,7 +88,7 @@ def observe_whole(updates: Sequence[Measured], lr: float | Tensor) -> list[Obser
 
 
 def _sums_of(updates: Sequence[Measured]) -> list[Tensor]:
-    """For each update (p, ..., 7)."""
+    """For each update (p, ..., len(SUMS))."""
     rows, live, mean_squares, weights, shapes, shares = [], [], [], [], list[tuple[int, int]](), list[float]()
     for measured in updates:
         assert measured.weights is not None
@@ -105,7 +103,7 @@ def _sums_of(updates: Sequence[Measured]) -> list[Tensor]:
         rows, torch.cat(live), tuple(shapes), tuple(shares), torch.cat(weights), torch.cat(found) if found else None
     )
     parts = sums.split([len(part) for part in rows])
-    return [part.view(*measured.rows.shape[:-1], _SUMS) for part, measured in zip(parts, updates, strict=True)]
+    return [part.view(*measured.rows.shape[:-1], len(SUMS)) for part, measured in zip(parts, updates, strict=True)]
 
 
 def sharded_weight_squares(jobs: Sequence[Job], like: Tensor) -> Tensor:
@@ -120,14 +118,14 @@ def sharded_weight_squares(jobs: Sequence[Job], like: Tensor) -> Tensor:
 def observe_sharded(measured: Measured, jobs: Sequence[Job], weights: Tensor) -> list[Observation]:
     """Of each parameter, from all jobs, in their order; a collective call."""
     rows, live = _whole_rows(measured.rows, jobs), live_columns(measured.columns, jobs)
-    sums = weights.new_zeros(len(measured.residuals), _SUMS, dtype=_wide(weights))
+    sums = weights.new_zeros(len(measured.residuals), len(SUMS), dtype=_wide(weights))
     shapes, shares = tuple(job.matrix.shape for job in jobs), tuple(job.matrix.share for job in jobs)
     by_job = _sums([row.unsqueeze(0) for row in rows], live, shapes, shares, weights, measured.mean_square)
     for job, found in zip(jobs, by_job.unbind(), strict=True):
         if job.matrix.share:  # else it stands for a shard that holds no matrix at all
             sums[job.parameter] += found
     groups = {job.parameter: job.matrix.batch_groups for job in jobs}
-    reduce_((sums.view(-1),), [(slice(p * _SUMS, (p + 1) * _SUMS), found) for p, found in groups.items()])
+    reduce_((sums.view(-1),), [(slice(p * len(SUMS), (p + 1) * len(SUMS)), found) for p, found in groups.items()])
     rates = {job.parameter: job.lr for job in jobs}
     statistics = [_statistics(sums[p], rates[p]) for p in range(len(sums))]
     return [Observation(measured.norms, *found) for found in zip(measured.residuals.unbind(), statistics, strict=True)]
@@ -141,7 +139,7 @@ def _sums(
     weight_squares: Tensor,
     mean_square: Tensor | None,
 ) -> Tensor:
-    """What adds up over the matrices of a parameter, each of them a share of it: (matrices, 7).
+    """What adds up over the matrices of a parameter, each of them a share of it: (matrices, len(SUMS)).
 
     All matrices at once, their rows filled up with zeros: these are many operations on little data.
     """
@@ -176,7 +174,7 @@ def _constants(
     shapes: tuple[tuple[int, int], ...], shares: tuple[float, ...], device: torch.device, dtype: torch.dtype
 ) -> _Constants:
     """Made once, for a copy to the device waits for it."""
-    tails = [max(0, min(math.ceil(_TAIL * m), m - 1)) for m, _ in shapes]
+    tails = [max(0, min(math.ceil(TAIL * m), m - 1)) for m, _ in shapes]
     weights = torch.zeros(len(shapes), max(tails) + 1, dtype=dtype)
     for row, k in zip(weights, tails, strict=True):
         row[:k] = 1 / max(1, k)
@@ -194,7 +192,7 @@ def _inverse_tail_index(inverse: Tensor, fixed: _Constants) -> Tensor:
 
 
 def _statistics(sums: Tensor, lr: float | Tensor) -> Tensor:
-    """(..., 7) to (..., len(STATISTICS)), in float32."""
+    """(..., len(SUMS)) to (..., len(STATISTICS)), in float32."""
     gradient, tail, dead_rows, dead_columns, mean_square, weight, entries = sums.unbind(-1)
     rms = mean_square.sqrt() * lr
     ratio = torch.where(weight == 0, 0, rms * entries.sqrt() / weight.sqrt())

@@ -18,8 +18,9 @@ from torch import Tensor
 from lightning_multinorm.rounding import key
 from lightning_multinorm.sinkhorn import cpu_kernels as kernels
 from lightning_multinorm.sinkhorn import cpu_threads
-from lightning_multinorm.sinkhorn.tracing import Tracing
+from lightning_multinorm.sinkhorn.tracing import SUMS, Tracing
 
+_SHARED = [SUMS.index(name) for name in ("tail", "mean_square")]
 _KINDS = {torch.float32: kernels.FLOAT32, torch.bfloat16: kernels.BFLOAT16, torch.float16: kernels.FLOAT16}
 _Floats = np.ndarray[Any, np.dtype[np.float32]]
 _Item = TypeVar("_Item")
@@ -70,8 +71,8 @@ def update_(
         kept = _Kept.of(None, found, sums=sums) if trace else _Kept()
         _solve(_matrices(weights), _matrices(gradients), (m, n), iterations, kept, how=how)
         torch.autograd.graph.increment_version([W for W in weights if not W.is_inference()])
-        sums[..., [1, 4]] /= math.prod(batch)  # averages over the matrices of a parameter
-    return found._replace(weights=sums[..., 5], sums=sums) if trace else None
+        sums[..., _SHARED] /= math.prod(batch)
+    return found._replace(weights=sums[..., SUMS.index("weight")], sums=sums) if trace else None
 
 
 class _How(NamedTuple):

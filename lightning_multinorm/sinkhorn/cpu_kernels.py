@@ -23,6 +23,7 @@ import numba
 import numpy as np
 from numba import carray
 
+from lightning_multinorm.sinkhorn import tracing
 from lightning_multinorm.sinkhorn.cpu_intrinsics import (
     add,
     bfloat16_of_float,
@@ -40,11 +41,11 @@ from lightning_multinorm.sinkhorn.cpu_intrinsics import (
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 PANEL = 256  # rows whose column sums are added up before they join the total: fewer roundings, and a unit of work
 
+SUMS, _TAIL = len(tracing.SUMS), tracing.TAIL
 _LARGEST = np.float32(np.finfo(np.float32).max)
 _TRUSTED_LOW, _TRUSTED_HIGH = np.float32(2.0**-40), np.float32(2.0**40)  # of a root mean square
 _PAGE, _LINES = 4096, 16
 _ONE, _ZERO = np.float32(1), np.float32(0)
-SUMS = 7  # of a matrix, see `summarize`
 _ZEROS, _STAGE, BUFFER = 4, 5, 6  # a buffer's rows: four that are worked on, one of zeros, one to convert in
 
 
@@ -347,7 +348,10 @@ def scalings(
 
 @jit
 def summarize(first: Any, c: Any, weights: float, sums: Any) -> None:
-    """What `optim.observation` adds up of a matrix, in its order, from 1 / RMS of the rows of G and the last c."""
+    """The `tracing.SUMS` of one matrix, from ``first`` (m), 1 / RMS of the rows of G, the last c (n) and ‖W‖_F².
+
+    Mean squares and ξ in full: whoever knows how many matrices a parameter has takes the share.
+    """
     m, n = len(first), len(c)
     squares, live = 0.0, 0
     inverse = np.empty(m, np.float32)  # of rows that are not zero
@@ -362,8 +366,8 @@ def summarize(first: Any, c: Any, weights: float, sums: Any) -> None:
 
 @jit
 def _inverse_tail_index(inverse: Any, m: int) -> float:
-    """Hill's estimator over a tenth of m rows; infinite if fewer are not zero, 0 if none is."""
-    k = max(0, min(math.ceil(0.1 * m), m - 1))
+    """ξ by Hill's estimator over the `tracing.TAIL` of m rows; infinite if fewer are not zero, 0 if none is."""
+    k = max(0, min(math.ceil(_TAIL * m), m - 1))
     if k == 0 or len(inverse) == 0:
         return 0.0
     if len(inverse) <= k:

@@ -67,9 +67,9 @@ def update_(
             # Noise is numbered by matrix, so a batch that is rounded stochastically is taken one matrix at a time.
             _apply_(W, G_k, r_k, c_k, lr, weight_decay, seed if W.dtype is torch.bfloat16 else None, k * matrices)
         traces.append(found)
-    kept = [found.vectors for found in traces if found is not None]
     if not trace:
         return None
+    kept = [found.vectors for found in traces if found is not None]
     residuals, rows, columns = (torch.cat(parts) for parts in zip(*kept, strict=True))
     return Tracing(residuals, rows, columns, squares)
 

@@ -6,6 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SUMS = ("gradient", "tail", "dead_rows", "dead_columns", "mean_square", "weight", "entries")
+"""What adds up over the matrices of a parameter, in order: ‖G‖_F², ξ = 1 / tail index, zero rows and columns of G, the
+mean square of X, ‖W‖_F², and m · n. Of ξ and the mean square each matrix gives its share of the parameter's."""
+
+TAIL = 0.1  # of the rows, the largest, from which ξ is estimated
+
 
 class Tracing(NamedTuple):
     """Of matrices (..., m, n), in L >= 1 iterations; vectors that are there anyway.
@@ -15,7 +21,7 @@ class Tracing(NamedTuple):
         rows: (..., m), 1 / RMS of every row of G: r after its first half step; 0 for a zero row.
         columns: (..., n), c after the last iteration; 0 for a zero column.
         weights: (...), ‖W‖_F² before the update; None where nothing was updated.
-        sums: (..., 7), in float64, what `optim.observation` adds up, where the path has it; else None.
+        sums: (..., len(SUMS)), in float64, where the path adds up for nothing; else None.
     """
 
     residuals: Tensor
