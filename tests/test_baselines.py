@@ -126,3 +126,19 @@ def test_muon_is_torchs(build: Build) -> None:
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
     matrices = next(group for group in optimizer.param_groups if group["name"] == "matrix")
     assert (matrices["adjust_lr_fn"], matrices["weight_decay"]) == ("match_rms_adamw", 0.0)
+
+
+def test_racs_is_pytorch_optimizers(build: Build) -> None:
+    module = build("racs")
+    module.configure_model()
+    optimizer = module.optimizer(parameter_groups(module))
+    kinds = {group["name"]: "gamma" in group for group in optimizer.param_groups}
+    assert kinds == {"embedding": False, "matrix": True, "norm": False, "head": False}
+    assert {group["lr"] for group in optimizer.param_groups} == {0.02}
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-6  # squares far below the package's own eps
+    matrix = next(p for group in optimizer.param_groups if group["name"] == "matrix" for p in group["params"])
+    before = matrix.detach().clone()
+    optimizer.step()
+    change = (matrix.detach() - before).square().mean().sqrt()
+    assert change > 0.02 * 0.05  # no smaller for so small a gradient
