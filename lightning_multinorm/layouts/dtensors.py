@@ -10,15 +10,17 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_multinorm.layouts.matrix import Groups, Piece, ShardedMatrix
 from lightning_multinorm.views import View, as_matrices, stored_shapes
 
+_PLAIN = (Tensor, nn.Parameter)  # asked of every parameter in every step
+
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether the tensor is distributed; torch's distributed package is only imported where it is in use."""
-    if not dist.is_available() or not dist.is_initialized():
+    if type(tensor) in _PLAIN or not dist.is_available() or not dist.is_initialized():
         return False
     from torch.distributed.tensor import DTensor
 

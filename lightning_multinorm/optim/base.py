@@ -182,9 +182,13 @@ class MultiNormOptimizer(Optimizer):
                 seeds = self._seeds(group, parameters)
                 stateless.update_(parameters, group, group["lr"] * group["lr_scale"], seeds, self._slices)
                 continue
-            whole = [p for p in parameters if not (is_dtensor(p) or p in self._slices)]
+            whole: list[Tensor] = []
+            for p in parameters:
+                if is_dtensor(p) or (self._slices and p in self._slices):
+                    sharded.append((p, group))
+                else:
+                    whole.append(p)
             self._step_whole(whole, group)
-            sharded += [(p, group) for p in parameters if is_dtensor(p) or p in self._slices]
         if sharded:
             self._step_sharded(sharded)
 
@@ -202,9 +206,11 @@ class MultiNormOptimizer(Optimizer):
     def _alike(self, parameters: Iterable[Tensor], group: Group) -> Iterator[list[Tensor]]:
         """Parameters that are updated together."""
         batches: dict[tuple[Any, ...], list[Tensor]] = {}
+        fixed = None if group.get("iterations") == "auto" else auto_iterations.iterations_of(group, 0)
         for p in parameters:
             assert p.grad is not None
-            batches.setdefault((p.shape, p.dtype, p.grad.dtype, p.device, self._iterations(p, group)), []).append(p)
+            iterations = self._iterations(p, group) if fixed is None else fixed
+            batches.setdefault((p.shape, p.dtype, p.grad.dtype, p.device, iterations), []).append(p)
         yield from batches.values()
 
     def _update_batch(self, batch: Sequence[Tensor], group: Group) -> Measured | None:

@@ -8,7 +8,7 @@ Needs Numba (``pip install 'lightning-multinorm[numba]'``). Float32, bfloat16 an
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -33,12 +33,12 @@ def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple
         TypeError: for float64.
         ValueError: for a tensor that is not on the CPU.
     """
-    _check([gradient], gradient.shape)
+    Gs = _matrices([gradient], gradient.shape)
     *batch, m, n = gradient.shape
     r, c, residuals, rows = (torch.ones(*batch, *size) for size in ((m,), (n,), (iterations, 2), (m,)))
     found = Tracing(residuals.zero_(), rows, c)
     if gradient.numel():
-        _solve(None, _matrices([gradient]), (m, n), iterations, _Kept.of(r, found, trace))
+        _solve(None, Gs, (m, n), iterations, _Kept.of(r, found, trace))
     return r, c, found if trace else None
 
 
@@ -58,21 +58,24 @@ def update_(
         TypeError: for float64.
         ValueError: for tensors of several shapes or dtypes, or not on the CPU.
     """
-    _check(gradients, gradients[0].shape)
-    _check(weights, gradients[0].shape)
+    Ws, Gs = _matrices(weights, gradients[0].shape), _matrices(gradients, gradients[0].shape)
     if len(weights) != len(gradients):
         raise ValueError(f"{len(weights)} weights do not match {len(gradients)} gradients")
     *batch, m, n = gradients[0].shape
-    found = Tracing(*(torch.zeros(len(weights), *batch, *size) for size in ((iterations, 2), (m,), (n,))))
-    sums = torch.zeros(len(weights), *batch, kernels.SUMS, dtype=torch.float64)
+    found, kept = None, _Kept()
+    if trace:
+        residuals, rows, columns = (torch.zeros(len(weights), *batch, *size) for size in ((iterations, 2), (m,), (n,)))
+        sums = torch.zeros(len(weights), *batch, len(SUMS), dtype=torch.float64)
+        found = Tracing(residuals, rows, columns, sums[..., SUMS.index("weight")], sums)
+        kept = _Kept.of(None, found)
     if gradients[0].numel():
         rate = float(lr)
         how = _How(rate, 1 - rate * weight_decay, None if seed is None else int(seed))
-        kept = _Kept.of(None, found, sums=sums) if trace else _Kept()
-        _solve(_matrices(weights), _matrices(gradients), (m, n), iterations, kept, how=how)
+        _solve(Ws, Gs, (m, n), iterations, kept, how=how)
         torch.autograd.graph.increment_version([W for W in weights if not W.is_inference()])
-        sums[..., _SHARED] /= math.prod(batch)
-    return found._replace(weights=sums[..., SUMS.index("weight")], sums=sums) if trace else None
+        if trace:
+            sums[..., _SHARED] /= math.prod(batch)
+    return found
 
 
 class _How(NamedTuple):
@@ -99,23 +102,19 @@ class _Kept(NamedTuple):
     sums: Tensor | None = None
 
     @classmethod
-    def of(cls, r: Tensor | None, found: Tracing, trace: bool = True, sums: Tensor | None = None) -> "_Kept":
+    def of(cls, r: Tensor | None, found: Tracing, trace: bool = True) -> "_Kept":
         def by_matrix(x: Tensor, dims: int) -> Tensor:
             return x.view(count, *x.shape[x.ndim - dims :])
 
         count = found.columns.shape[:-1].numel()
         residuals, first = (by_matrix(found.residuals, 2), by_matrix(found.rows, 1)) if trace else (None, None)
-        others = (None if x is None else by_matrix(x, 1) for x in (r, found.columns, sums))
+        others = (None if x is None else by_matrix(x, 1) for x in (r, found.columns, found.sums))
         return cls(residuals, first, *others)
 
 
-class _Matrix(NamedTuple):
-    """Where a matrix lies; strides in elements."""
-
-    address: int
-    kind: int
-    row_stride: int
-    column_stride: int
+_Matrix = tuple[int, int, int, int]
+"""Where a matrix lies: address, kind, and the strides of rows and columns in elements."""
+_KIND = 1
 
 
 class _Work(NamedTuple):
@@ -137,36 +136,38 @@ class _Work(NamedTuple):
         return cls(**vectors, buffer=np.zeros((kernels.BUFFER, n), np.float32))
 
 
-def _matrices(tensors: Sequence[Tensor]) -> list[_Matrix]:
-    """The matrices of tensors (..., m, n), in order."""
-    found = []
-    for tensor in tensors:
-        if tensor.ndim > 2:
-            found += _matrices(tensor.unbind())
-        else:
-            found.append(_Matrix(tensor.data_ptr(), _KINDS[tensor.dtype], *tensor.stride()))
-    return found
+def _matrices(tensors: Sequence[Tensor], shape: torch.Size) -> list[_Matrix]:
+    """The matrices of tensors (..., m, n), in order.
 
-
-def _check(tensors: Sequence[Tensor], shape: torch.Size) -> None:
-    """Machine code trusts addresses: all tensors must be on the CPU, of one shape and of one dtype."""
+    Machine code trusts addresses: all tensors must be on the CPU, of one shape and of one dtype.
+    """
     dtype = tensors[0].dtype
     if dtype not in _KINDS:
         raise TypeError(
             f"kernel='numba' computes in float32 and takes float32, bfloat16 and float16, got {dtype}; "
             "use kernel='eager'"
         )
+    kind, found = _KINDS[dtype], []
     for tensor in tensors:
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             raise ValueError(f"kernel='numba' works on the CPU, got a tensor on {tensor.device}; use kernel='auto'")
         if tensor.shape != shape or tensor.dtype != dtype:
             alike, got = f"{list(shape)} {dtype}", f"{list(tensor.shape)} {tensor.dtype}"
             raise ValueError(f"matrices of one update must be alike, got {alike} and {got}")
+        for matrix in _unbound(tensor) if len(shape) > 2 else (tensor,):
+            row, column = matrix.stride()
+            found.append((matrix.data_ptr(), kind, row, column))
+    return found
+
+
+def _unbound(tensor: Tensor) -> Iterator[Tensor]:
+    for part in tensor.unbind():
+        yield from _unbound(part) if part.ndim > 2 else (part,)
 
 
 def _solve(
-    Ws: "list[_Matrix] | None",
-    Gs: "list[_Matrix]",
+    Ws: list[_Matrix] | None,
+    Gs: list[_Matrix],
     shape: tuple[int, int],
     iterations: int,
     kept: _Kept,
@@ -176,17 +177,10 @@ def _solve(
     """Scalings of every G, kept or used to update W: whole matrices side by side if there are enough of them."""
     threads, trace = torch.get_num_threads(), kept.residuals is not None
     if len(Gs) >= threads:
-        none = [_Matrix(0, Gs[0].kind, 0, 0)] * len(Gs)
-        rows = [
-            (W.address, W.row_stride, W.column_stride, G.address, G.row_stride, G.column_stride, how.key(k), *places)
-            for k, (W, G, *places) in enumerate(zip(Ws or none, Gs, *(_places(x, len(Gs)) for x in kept), strict=True))
-        ]
-        table = np.array(rows, kernels.MATRIX)
-        common = ((Ws or none)[0].kind, Gs[0].kind, *shape, iterations)
-        job = np.array(
-            [(0, len(Gs), table.ctypes.data, *common, trace, how.seed is not None, how.lr, how.keep)],
-            kernels.JOB,
-        )
+        table = _table(Ws, Gs, kept, how)
+        kinds, flags = ((Ws or Gs)[0][_KIND], Gs[0][_KIND]), (trace, how.seed is not None)
+        entry = (0, len(Gs), table.ctypes.data, *kinds, *shape, iterations, *flags, how.lr, how.keep)
+        job = np.array([entry], kernels.JOB)
         cpu_threads.run(kernels.work, kernels.team(), job.ctypes.data, threads)
         return
     work = _Work.empty(*shape)
@@ -205,15 +199,21 @@ def _solve(
                 kernels.summarize(first, own.c, weights, sums)
 
 
-def _places(vectors: Tensor | None, count: int) -> Sequence[int]:
-    """The address of each of ``count`` rows of a contiguous tensor, 0 for none."""
-    if vectors is None:
-        return [0] * count
-    size = vectors.stride(0) * vectors.element_size()
-    return range(vectors.data_ptr(), vectors.data_ptr() + count * size, size) if size else [0] * count
+def _table(Ws: list[_Matrix] | None, Gs: list[_Matrix], kept: _Kept, how: _How) -> Any:
+    """A row of `kernels.MATRIX` for each G; 0 for what there is not."""
+    table = np.zeros(len(Gs), kernels.MATRIX)
+    table["G"], _, table["g_row"], table["g_column"] = np.array(Gs).T
+    if Ws is not None:
+        table["W"], _, table["w_row"], table["w_column"] = np.array(Ws).T
+    if how.seed is not None:
+        table["key"] = [how.key(k) for k in range(len(Gs))]
+    for name, vectors in zip(_Kept._fields, kept, strict=True):
+        if vectors is not None:
+            table[name] = vectors.data_ptr() + np.arange(len(Gs)) * (vectors.stride(0) * vectors.element_size())
+    return table
 
 
-def _share_update(W: "_Matrix", G: "_Matrix", work: "_Work", how: _How, noise: int, threads: int, weigh: bool) -> float:
+def _share_update(W: _Matrix, G: _Matrix, work: _Work, how: _How, noise: int, threads: int, weigh: bool) -> float:
     rounding = (np.float32(how.lr), np.float32(how.keep), how.seed is not None, noise)
     panels = _panels(len(work.r))
     squares = [0.0] * len(panels)
