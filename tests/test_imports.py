@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_multinorm"
 FLOORS = {
+    "batch": 0,
     "errors": 0,
     "flops": 0,
     "quantities": 0,

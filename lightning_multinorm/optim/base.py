@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from lightning_multinorm.batch import Batch
 from lightning_multinorm.layouts import FlatSlice, is_dtensor, local, locate
 from lightning_multinorm.optim import auto_iterations, stateless
 from lightning_multinorm.optim.checks import check_gradient, check_hyperparameters, check_parameter
 from lightning_multinorm.optim.fallback import adam_
 from lightning_multinorm.optim.groups import Group, resolve
-from lightning_multinorm.optim.normalized import Batch
 from lightning_multinorm.optim.observation import (
     Measured,
     Observation,
@@ -193,15 +193,15 @@ class MultiNormOptimizer(Optimizer):
             self._step_sharded(sharded)
 
     def _step_whole(self, parameters: Sequence[Tensor], group: Group) -> None:
-        batches = list(self._alike(parameters, group))
+        alike = list(self._alike(parameters, group))
         if self.replicas is not None and self._divisible:
-            for batch in batches:
-                self._divide(batch, group)
+            for part in alike:
+                self._divide(part, group)
             return
-        updates = [measured for batch in batches if (measured := self._update_batch(batch, group))]
+        updates = self._update_all_([self._batch(part, group) for part in alike], group)
         if updates:
             observations = observe_whole(updates, group["lr"] * group["lr_scale"])
-            self._tell([(p, group) for batch in batches for p in batch], observations)
+            self._tell([(p, group) for part in alike for p in part], observations)
 
     def _alike(self, parameters: Iterable[Tensor], group: Group) -> Iterator[list[Tensor]]:
         """Parameters that are updated together."""
@@ -213,24 +213,23 @@ class MultiNormOptimizer(Optimizer):
             batches.setdefault((p.shape, p.dtype, p.grad.dtype, p.device, iterations), []).append(p)
         yield from batches.values()
 
-    def _update_batch(self, batch: Sequence[Tensor], group: Group) -> Measured | None:
-        """Update parameters; what was measured, if anyone asks."""
-        weights = [as_matrices(parameter, group["view"]) for parameter in batch]
-        gradients = [as_matrices(p.grad, group["view"], like=p) for p in batch if p.grad is not None]
-        lr, decay, seed = group["lr"] * group["lr_scale"], group["weight_decay"], self._seeds(group, batch[:1])[0]
-        iterations, observe = self._iterations(batch[0], group), self._observes(group)
-        return self._update_(Batch(weights, gradients, lr, decay, iterations, seed, observe), group)
+    def _batch(self, alike: Sequence[Tensor], group: Group) -> Batch:
+        """What the update of these parameters works on; to be observed if anyone asks."""
+        weights = [as_matrices(parameter, group["view"]) for parameter in alike]
+        gradients = [as_matrices(p.grad, group["view"], like=p) for p in alike if p.grad is not None]
+        lr, decay, seed = group["lr"] * group["lr_scale"], group["weight_decay"], self._seeds(group, alike[:1])[0]
+        return Batch(weights, gradients, lr, decay, self._iterations(alike[0], group), seed, self._observes(group))
 
-    def _divide(self, batch: Sequence[Tensor], group: Group) -> None:
+    def _divide(self, alike: Sequence[Tensor], group: Group) -> None:
         """Each replica updates every so many-th parameter, and sends it to the others."""
         rank, world = dist.get_rank(self.replicas), dist.get_world_size(self.replicas)
         own: dict[int, Observation] = {}
-        for k in range(rank, len(batch), world):
-            if measured := self._update_batch([batch[k]], group):
+        for k in range(rank, len(alike), world):
+            for measured in self._update_all_([self._batch([alike[k]], group)], group):
                 (seen,) = observe_whole([measured], group["lr"] * group["lr_scale"])
                 own[k] = seen._replace(residuals=seen.residuals.cpu(), statistics=seen.statistics.cpu())
         sent = [
-            dist.broadcast(p.data, group=self.replicas, group_src=k % world, async_op=True) for k, p in enumerate(batch)
+            dist.broadcast(p.data, group=self.replicas, group_src=k % world, async_op=True) for k, p in enumerate(alike)
         ]
         for work in sent:
             work.wait()
@@ -238,8 +237,8 @@ class MultiNormOptimizer(Optimizer):
             gathered: list[Any] = [None] * world
             dist.all_gather_object(gathered, own, group=self.replicas)
             found = {k: seen for part in gathered for k, seen in part.items()}
-            placed = [Observation(found[k][0], *(x.to(p.device) for x in found[k][1:])) for k, p in enumerate(batch)]
-            self._tell([(p, group) for p in batch], placed)
+            placed = [Observation(found[k][0], *(x.to(p.device) for x in found[k][1:])) for k, p in enumerate(alike)]
+            self._tell([(p, group) for p in alike], placed)
 
     def _step_sharded(self, parameters: Sequence[tuple[Tensor, Group]]) -> None:
         buckets: dict[tuple[Any, ...], list[tuple[Tensor, Group]]] = {}
@@ -323,6 +322,10 @@ class MultiNormOptimizer(Optimizer):
                 self._numbers[p] = count
                 shape = self._slices[p].shape if p in self._slices else p.shape
                 count += matrix_count(shape, group["view"]) if group["rule"] not in ("adam", "sign") else 1
+
+    def _update_all_(self, batches: Sequence[Batch], group: Group) -> list[Measured]:
+        """Update whole matrices in place; what was measured of the batches, if they ask for it."""
+        return [measured for batch in batches if (measured := self._update_(batch, group))]
 
     @abstractmethod
     def _update_(self, batch: Batch, group: Group) -> Measured | None:

@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_multinorm.alternating import Trace, multi_normalize
+from lightning_multinorm.batch import Batch
 from lightning_multinorm.norms import Norm
 from lightning_multinorm.optim.auto_iterations import Iterations
 from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.groups import Group
-from lightning_multinorm.optim.normalized import Batch, Normalize, apply_normalized_, apply_sharded_, gathered
+from lightning_multinorm.optim.normalized import Normalize, apply_normalized_, apply_sharded_, gathered
 from lightning_multinorm.optim.observation import Measured
 from lightning_multinorm.sinkhorn.sharded import Job
 

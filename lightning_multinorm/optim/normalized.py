@@ -4,12 +4,12 @@ Legend: G gradient (..., m, n), W weight, X = normalize(G).
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_multinorm.alternating import Trace
+from lightning_multinorm.batch import Batch
 from lightning_multinorm.layouts import ShardedMatrix, all_reduce_, cut, gather, reduce_
 from lightning_multinorm.optim.observation import Measured, inverse_rms
 from lightning_multinorm.rounding import noise, round_to_bfloat16
@@ -23,28 +23,6 @@ Normalize = Callable[[Tensor], tuple[Tensor, Trace | None]]
 
 Direction = Callable[[ShardedMatrix], tuple[list[Tensor], Trace | None]]
 """A sharded matrix to this rank's pieces of X, and the trace (iterations, norms) if it is observed."""
-
-
-class Batch(NamedTuple):
-    """Whole matrices (..., m, n) of one shape, dtype and device that are updated together.
-
-    Attributes:
-        weights: updated in place.
-        gradients: as many, left unchanged.
-        lr: effective learning rate: RMS change per entry.
-        weight_decay: decoupled weight decay.
-        iterations: L, for those that have one.
-        seed: rounds bfloat16 weights stochastically, or None.
-        observe: whether the update returns what it has measured.
-    """
-
-    weights: Sequence[Tensor]
-    gradients: Sequence[Tensor]
-    lr: float | Tensor
-    weight_decay: float
-    iterations: int = 5
-    seed: Tensor | None = None
-    observe: bool = False
 
 
 def apply_normalized_(batch: Batch, normalize: Normalize) -> Measured | None:

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lightning_multinorm.batch import Batch
 from lightning_multinorm.layouts import Groups, Piece, ShardedMatrix, reduce_, unsharded
-from lightning_multinorm.optim.normalized import Batch
 from lightning_multinorm.optim.observation import Measured, live_columns
 from lightning_multinorm.optim.scalings import place, row_blocks
 from lightning_multinorm.rounding import lowbias32

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_multinorm import sinkhorn
+from lightning_multinorm.batch import Batch
 from lightning_multinorm.optim import operator_norm
 from lightning_multinorm.optim.auto_iterations import Iterations
 from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.groups import Group
-from lightning_multinorm.optim.normalized import Batch
 from lightning_multinorm.optim.observation import Measured
 from lightning_multinorm.sinkhorn import select, sharded
 from lightning_multinorm.sinkhorn.sharded import Job
@@ -101,25 +101,18 @@ class SinkGD(MultiNormOptimizer):
         """Its matrices' best rate falls with 1/width, as Adam's; not at all if the operator norm sets the size."""
         return 0.0 if self.defaults["rescale"] == "operator" else 1.0
 
-    def _update_(self, batch: Batch, group: Group) -> Measured | None:
+    def _update_all_(self, batches: Sequence[Batch], group: Group) -> list[Measured]:
         if group["rescale"] == "operator":
-            passes = select.passes(
-                self._kernel, batch.weights[0].device, {batch.weights[0].dtype, batch.gradients[0].dtype}
-            )
-            return operator_norm.update_whole_(batch, passes)
-        found = sinkhorn.update_(
-            batch.weights,
-            batch.gradients,
-            lr=batch.lr,
-            weight_decay=batch.weight_decay,
-            iterations=batch.iterations,
-            trace=batch.observe,
-            seed=batch.seed,
-            kernel=self._kernel,
-        )
-        if found is None:
-            return None
-        return Measured(("row", "column"), *found.vectors, weights=found.weights, sums=found.sums)
+            return super()._update_all_(batches, group)
+        return [
+            Measured(("row", "column"), *found.vectors, weights=found.weights, sums=found.sums)
+            for found in sinkhorn.update_all_(batches, kernel=self._kernel)
+            if found is not None
+        ]
+
+    def _update_(self, batch: Batch, group: Group) -> Measured | None:
+        dtypes = {batch.weights[0].dtype, batch.gradients[0].dtype}
+        return operator_norm.update_whole_(batch, select.passes(self._kernel, batch.weights[0].device, dtypes))
 
     def _update_sharded_(
         self, jobs: Sequence[Job], group: Group, iterations: int, like: Tensor, *, observe: bool

@@ -9,12 +9,13 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_multinorm import sinkhorn
 from lightning_multinorm.alternating import Trace
+from lightning_multinorm.batch import Batch
 from lightning_multinorm.layouts import ShardedMatrix, gather
 from lightning_multinorm.norms import ColumnNorm, RowNorm, SpectralNorm
 from lightning_multinorm.optim.base import MultiNormOptimizer
 from lightning_multinorm.optim.gram import has_local_gram, row_normalized, sinkhorn_normalized, whitened
 from lightning_multinorm.optim.groups import Group
-from lightning_multinorm.optim.normalized import Batch, Normalize, apply_normalized_, apply_sharded_, gathered
+from lightning_multinorm.optim.normalized import Normalize, apply_normalized_, apply_sharded_, gathered
 from lightning_multinorm.optim.observation import Measured
 from lightning_multinorm.sinkhorn.sharded import Job
 from lightning_multinorm.whitening import Orthogonalization, polar_newton_schulz, polar_svd

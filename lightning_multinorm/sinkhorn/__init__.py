@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_multinorm.sinkhorn.select import Kernel, path
+from lightning_multinorm.batch import Batch
+from lightning_multinorm.sinkhorn.select import Kernel, Together, path
 from lightning_multinorm.sinkhorn.tracing import Tracing
 
-__all__ = ["Kernel", "Tracing", "scalings", "sr_sinkhorn", "update_"]
+__all__ = ["Kernel", "Tracing", "scalings", "sr_sinkhorn", "update_", "update_all_"]
 
 
 def scalings(
@@ -70,6 +71,33 @@ def update_(
         trace=trace,
         seed=seed,
     )
+
+
+def update_all_(batches: Sequence[Batch], *, kernel: Kernel = "auto") -> list[Tracing | None]:
+    """`update_` for each of several batches, on one device; in one go where the path can take several shapes at once.
+
+    Args:
+        batches: each of matrices of one shape and dtype.
+        kernel: which path computes; "auto" chooses by device and dtype.
+
+    Returns:
+        A tracing for each batch that asks to be observed, else None.
+    """
+    paths = [path(kernel, batch.weights[0], batch.gradients[0]) for batch in batches]
+    if paths and isinstance(paths[0], Together) and all(one is paths[0] for one in paths):
+        return paths[0].update_all_(batches)
+    return [
+        one.update_(
+            batch.weights,
+            batch.gradients,
+            lr=batch.lr,
+            weight_decay=batch.weight_decay,
+            iterations=batch.iterations,
+            trace=batch.observe,
+            seed=batch.seed,
+        )
+        for one, batch in zip(paths, batches, strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ are added in the same order either way, so results do not depend on the number o
 Needs Numba (``pip install 'lightning-multinorm[numba]'``). Float32, bfloat16 and float16, in any mix.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_multinorm.batch import Batch
 from lightning_multinorm.rounding import key
 from lightning_multinorm.sinkhorn import cpu_kernels as kernels
 from lightning_multinorm.sinkhorn import cpu_threads
@@ -38,7 +38,7 @@ def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple
     r, c, residuals, rows = (torch.ones(*batch, *size) for size in ((m,), (n,), (iterations, 2), (m,)))
     found = Tracing(residuals.zero_(), rows, c)
     if gradient.numel():
-        _solve(None, Gs, (m, n), iterations, _Kept.of(r, found, trace))
+        _solve([_Part(None, Gs, (m, n), iterations, _Kept.of(r, found, trace))])
     return r, c, found if trace else None
 
 
@@ -50,7 +50,7 @@ def update_(
     weight_decay: float = 0.0,
     iterations: int = 5,
     trace: bool = False,
-    seed: int | Tensor | None = None,
+    seed: Tensor | int | None = None,
 ) -> Tracing | None:
     """See `lightning_multinorm.sinkhorn.update_`; for tensors on the CPU, in float32.
 
@@ -58,38 +58,20 @@ def update_(
         TypeError: for float64.
         ValueError: for tensors of several shapes or dtypes, or not on the CPU.
     """
-    Ws, Gs = _matrices(weights, gradients[0].shape), _matrices(gradients, gradients[0].shape)
-    if len(weights) != len(gradients):
-        raise ValueError(f"{len(weights)} weights do not match {len(gradients)} gradients")
-    *batch, m, n = gradients[0].shape
-    found, kept = None, _Kept()
-    if trace:
-        residuals, rows, columns = (torch.zeros(len(weights), *batch, *size) for size in ((iterations, 2), (m,), (n,)))
-        sums = torch.zeros(len(weights), *batch, len(SUMS), dtype=torch.float64)
-        found = Tracing(residuals, rows, columns, sums[..., SUMS.index("weight")], sums)
-        kept = _Kept.of(None, found)
-    if gradients[0].numel():
-        rate = float(lr)
-        how = _How(rate, 1 - rate * weight_decay, None if seed is None else int(seed))
-        _solve(Ws, Gs, (m, n), iterations, kept, how=how)
-        torch.autograd.graph.increment_version([W for W in weights if not W.is_inference()])
-        if trace:
-            sums[..., _SHARED] /= math.prod(batch)
-    return found
+    seed = None if seed is None else torch.as_tensor(seed)
+    return update_all_([Batch(weights, gradients, lr, weight_decay, iterations, seed, trace)])[0]
 
 
-class _How(NamedTuple):
-    """``W <- keep · W - lr · X``, rounded with noise from the seed, if any."""
-
-    lr: float = 0.0
-    keep: float = 1.0
-    seed: int | None = None
-
-    def key(self, number: int) -> int:
-        return 0 if self.seed is None else key(self.seed, number)
-
-
-_UNUSED = _How()
+def update_all_(batches: Sequence[Batch]) -> list[Tracing | None]:
+    """`update_` of several batches, each of its own shape and dtypes: matrices of all of them side by side."""
+    parts = [_part(batch) for batch in batches]
+    _solve([part for part, batch in zip(parts, batches, strict=True) if batch.gradients[0].numel()])
+    for part, batch in zip(parts, batches, strict=True):
+        if batch.gradients[0].numel():
+            torch.autograd.graph.increment_version([W for W in batch.weights if not W.is_inference()])
+        if part.found is not None and part.found.sums is not None:
+            part.found.sums[..., _SHARED] /= max(1, batch.gradients[0].shape[:-2].numel())
+    return [part.found for part in parts]
 
 
 class _Kept(NamedTuple):
@@ -114,7 +96,24 @@ class _Kept(NamedTuple):
 
 _Matrix = tuple[int, int, int, int]
 """Where a matrix lies: address, kind, and the strides of rows and columns in elements."""
-_KIND = 1
+
+
+class _Part(NamedTuple):
+    """Matrices (m, n) of one shape and dtype: scalings of every G, kept or used for ``W <- keep · W - lr · X``."""
+
+    Ws: list[_Matrix] | None
+    Gs: list[_Matrix]
+    shape: tuple[int, int]
+    iterations: int
+    kept: _Kept
+    found: Tracing | None = None
+    lr: float = 0.0
+    keep: float = 1.0
+    seed: int | None = None
+
+    def key(self, number: int) -> int:
+        """What the ``number``-th W is rounded by."""
+        return 0 if self.seed is None else key(self.seed, number)
 
 
 class _Work(NamedTuple):
@@ -165,62 +164,80 @@ def _unbound(tensor: Tensor) -> Iterator[Tensor]:
         yield from _unbound(part) if part.ndim > 2 else (part,)
 
 
-def _solve(
-    Ws: list[_Matrix] | None,
-    Gs: list[_Matrix],
-    shape: tuple[int, int],
-    iterations: int,
-    kept: _Kept,
-    *,
-    how: _How = _UNUSED,
-) -> None:
-    """Scalings of every G, kept or used to update W: whole matrices side by side if there are enough of them."""
-    threads, trace = torch.get_num_threads(), kept.residuals is not None
-    if len(Gs) >= threads:
-        table = _table(Ws, Gs, kept, how)
-        kinds, flags = ((Ws or Gs)[0][_KIND], Gs[0][_KIND]), (trace, how.seed is not None)
-        entry = (0, len(Gs), table.ctypes.data, *kinds, *shape, iterations, *flags, how.lr, how.keep)
-        job = np.array([entry], kernels.JOB)
-        cpu_threads.run(kernels.work, kernels.team(), job.ctypes.data, threads)
+def _part(batch: Batch) -> _Part:
+    shape = batch.gradients[0].shape
+    Ws, Gs = _matrices(batch.weights, shape), _matrices(batch.gradients, shape)
+    if len(batch.weights) != len(batch.gradients):
+        raise ValueError(f"{len(batch.weights)} weights do not match {len(batch.gradients)} gradients")
+    *leading, m, n = len(batch.weights), *shape
+    found, kept = None, _Kept()
+    if batch.observe:
+        residuals, rows, columns = (torch.zeros(*leading, *size) for size in ((batch.iterations, 2), (m,), (n,)))
+        sums = torch.zeros(*leading, len(SUMS), dtype=torch.float64)
+        found = Tracing(residuals, rows, columns, sums[..., SUMS.index("weight")], sums)
+        kept = _Kept.of(None, found)
+    lr, seed = float(batch.lr), None if batch.seed is None else int(batch.seed)
+    return _Part(Ws, Gs, (m, n), batch.iterations, kept, found, lr, 1 - lr * batch.weight_decay, seed)
+
+
+def _solve(parts: Sequence[_Part]) -> None:
+    """Whole matrices side by side if there are enough of them, else all threads on one after another."""
+    threads, count = torch.get_num_threads(), sum(len(part.Gs) for part in parts)
+    if count < threads:
+        for part in parts:
+            for k in range(len(part.Gs)):
+                _share(part, k, threads)
         return
-    work = _Work.empty(*shape)
-    for k, G in enumerate(Gs):
-        residuals, first, r, c, sums = (None if x is None else x[k].numpy() for x in kept)
-        own = work._replace(r=work.r if r is None else r, c=work.c if c is None else c)
-        if not _share_scalings(G, iterations, residuals, first, own, threads, scaled=False):
-            kernels.equilibrate(*G, *shape, own.a, own.b, own.buffer)
-            _share_scalings(G, iterations, residuals, first, own, threads, scaled=True)
-            for scaling, powers in ((own.r, own.a), (own.c, own.b), (first, own.a)):
-                if scaling is not None:
-                    kernels.unscale(scaling, powers)
-        if Ws is not None:
-            weights = _share_update(Ws[k], G, own, how, how.key(k), threads, weigh=sums is not None)
-            if first is not None and sums is not None:
-                kernels.summarize(first, own.c, weights, sums)
+    table = np.concatenate([_table(part) for part in parts])
+    table = table[np.argsort(-table["m"] * table["n"], kind="stable")]  # the large first, for threads to end together
+    job = np.array([(0, count, table.ctypes.data, table["m"].max(), table["n"].max())], kernels.JOB)
+    cpu_threads.run(kernels.work, kernels.team(), job.ctypes.data, threads)
 
 
-def _table(Ws: list[_Matrix] | None, Gs: list[_Matrix], kept: _Kept, how: _How) -> Any:
+def _table(part: _Part) -> Any:
     """A row of `kernels.MATRIX` for each G; 0 for what there is not."""
-    table = np.zeros(len(Gs), kernels.MATRIX)
-    table["G"], _, table["g_row"], table["g_column"] = np.array(Gs).T
-    if Ws is not None:
-        table["W"], _, table["w_row"], table["w_column"] = np.array(Ws).T
-    if how.seed is not None:
-        table["key"] = [how.key(k) for k in range(len(Gs))]
-    for name, vectors in zip(_Kept._fields, kept, strict=True):
+    table = np.zeros(len(part.Gs), kernels.MATRIX)
+    for name in ("lr", "keep", "iterations"):
+        table[name] = getattr(part, name)
+    table["m"], table["n"] = part.shape
+    table["G"], table["g_kind"], table["g_row"], table["g_column"] = np.array(part.Gs).T
+    if part.Ws is not None:
+        table["W"], table["w_kind"], table["w_row"], table["w_column"] = np.array(part.Ws).T
+    if part.seed is not None:
+        table["stochastic"], table["key"] = 1, [part.key(k) for k in range(len(part.Gs))]
+    for name, vectors in zip(_Kept._fields, part.kept, strict=True):
         if vectors is not None:
-            table[name] = vectors.data_ptr() + np.arange(len(Gs)) * (vectors.stride(0) * vectors.element_size())
+            table[name] = vectors.data_ptr() + np.arange(len(vectors)) * vectors.stride(0) * vectors.element_size()
     return table
 
 
-def _share_update(W: _Matrix, G: _Matrix, work: _Work, how: _How, noise: int, threads: int, weigh: bool) -> float:
-    rounding = (np.float32(how.lr), np.float32(how.keep), how.seed is not None, noise)
+def _share(part: _Part, k: int, threads: int) -> None:
+    """The ``k``-th matrix, by all threads."""
+    G, work = part.Gs[k], _Work.empty(*part.shape)
+    residuals, first, r, c, sums = (None if x is None else x[k].numpy() for x in part.kept)
+    own = work._replace(r=work.r if r is None else r, c=work.c if c is None else c)
+    if not _share_scalings(G, part.iterations, residuals, first, own, threads, scaled=False):
+        kernels.equilibrate(*G, *part.shape, own.a, own.b, own.buffer)
+        _share_scalings(G, part.iterations, residuals, first, own, threads, scaled=True)
+        for scaling, powers in ((own.r, own.a), (own.c, own.b), (first, own.a)):
+            if scaling is not None:
+                kernels.unscale(scaling, powers)
+    if part.Ws is not None:
+        weights = _share_update(part, k, own, threads)
+        if first is not None and sums is not None:
+            kernels.summarize(first, own.c, weights, sums)
+
+
+def _share_update(part: _Part, k: int, work: _Work, threads: int) -> float:
+    assert part.Ws is not None
+    matrices, weigh = (*part.Ws[k], *part.Gs[k]), part.kept.sums is not None
+    rounding = (np.float32(part.lr), np.float32(part.keep), part.seed is not None, part.key(k))
     panels = _panels(len(work.r))
     squares = [0.0] * len(panels)
 
     def rows(item: tuple[int, tuple[int, int]], own: _Work) -> None:
         k, i = item
-        squares[k] = kernels.update(*W, *G, *i, len(work.c), work.r, work.c, *rounding, weigh, own.buffer)
+        squares[k] = kernels.update(*matrices, *i, len(work.c), work.r, work.c, *rounding, weigh, own.buffer)
 
     _run(rows, list(enumerate(panels)), len(work.r), len(work.c), threads)
     return sum(squares)

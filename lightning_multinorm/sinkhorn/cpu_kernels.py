@@ -456,49 +456,55 @@ def update(
     return squares
 
 
-# A job: what all matrices share, in int64; and a row for each matrix. Addresses are integers.
-JOB = np.dtype(
-    [(name, np.int64) for name in ("next", "count", "matrices", "w_kind", "g_kind", "m", "n", "iterations")]
-    + [(name, np.int64) for name in ("trace", "stochastic")]
-    + [("lr", np.float64), ("keep", np.float64)]
-)
+# A job: so many matrices, and the most rows and columns of any; and a row for each. Addresses are integers.
+JOB = np.dtype([(name, np.int64) for name in ("next", "count", "matrices", "m", "n")])
 MATRIX = np.dtype(
-    [(name, np.int64) for name in ("W", "w_row", "w_column", "G", "g_row", "g_column", "key")]
-    + [(name, np.int64) for name in ("residuals", "first", "r", "c", "sums")]
+    [(name, np.int64) for name in ("W", "w_kind", "w_row", "w_column", "G", "g_kind", "g_row", "g_column", "m", "n")]
+    + [(name, np.int64) for name in ("iterations", "stochastic", "key", "residuals", "first", "r", "c", "sums")]
+    + [("lr", np.float64), ("keep", np.float64)]
 )
 
 
 @jit
 def work(address: int) -> None:
-    """Take one matrix of a job after another: its scalings, kept if they have places, and the update of W."""
+    """Take one matrix of a job after another."""
     job = carray(pointer(address), (1,), JOB)[0]
     matrices = carray(pointer(job.matrices), (job.count,), MATRIX)
-    m, n, trace, stochastic = job.m, job.n, job.trace != 0, job.stochastic != 0
-    lr, keep = np.float32(job.lr), np.float32(job.keep)
-    r, c, q, a = np.empty(m, np.float32), np.empty(n, np.float32), np.empty(m + 3, np.float32), np.empty(m, np.float32)
-    sums, total, b = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
-    buffer = np.zeros((BUFFER, n), np.float32)
+    r, a, q = np.empty(job.m, np.float32), np.empty(job.m, np.float32), np.empty(job.m + 3, np.float32)
+    c, b = np.empty(job.n, np.float32), np.empty(job.n, np.float32)
+    sums, total = np.empty(job.n, np.float32), np.empty(job.n, np.float32)
+    rows = np.empty(BUFFER * job.n, np.float32)
     while True:
         k = take(address)
         if k >= job.count:
             return
-        M = matrices[k]
-        residuals = carray(pointer(M.residuals), (job.iterations if trace else 0, 2), np.float32)
-        scalings(
-            M.G, job.g_kind, M.g_row, M.g_column, job.iterations, trace, residuals, _floats(M.first, m if trace else 0),
-            r, c, q, sums, total, a, b, buffer,
+        m, n = matrices[k].m, matrices[k].n
+        buffer = rows[: BUFFER * n].reshape(BUFFER, n)
+        buffer[_ZEROS] = _ZERO
+        _solve(matrices[k], r[:m], c[:n], q[: m + 3], sums[:n], total[:n], a[:m], b[:n], buffer)
+
+
+@jit
+def _solve(M: Any, r: Any, c: Any, q: Any, sums: Any, total: Any, a: Any, b: Any, buffer: Any) -> None:
+    """The scalings of one matrix, kept if they have places, and the update of W."""
+    m, n, trace = M.m, M.n, M.first != 0
+    residuals = carray(pointer(M.residuals), (M.iterations if trace else 0, 2), np.float32)
+    first = _floats(M.first, m if trace else 0)
+    scalings(
+        M.G, M.g_kind, M.g_row, M.g_column, M.iterations, trace, residuals, first, r, c, q, sums, total, a, b, buffer
+    )
+    if M.r:
+        _floats(M.r, m)[:] = r
+    if M.c:
+        _floats(M.c, n)[:] = c
+    if M.W:
+        lr, keep = np.float32(M.lr), np.float32(M.keep)
+        weights = update(
+            M.W, M.w_kind, M.w_row, M.w_column, M.G, M.g_kind, M.g_row, M.g_column,
+            0, m, n, r, c, lr, keep, M.stochastic != 0, M.key, M.sums != 0, buffer,
         )  # fmt: skip
-        if M.r:
-            _floats(M.r, m)[:] = r
-        if M.c:
-            _floats(M.c, n)[:] = c
-        if M.W:
-            weights = update(
-                M.W, job.w_kind, M.w_row, M.w_column, M.G, job.g_kind, M.g_row, M.g_column,
-                0, m, n, r, c, lr, keep, stochastic, M.key, trace, buffer,
-            )  # fmt: skip
-            if trace:
-                summarize(_floats(M.first, m), c, weights, carray(pointer(M.sums), (SUMS,), np.float64))
+        if M.sums:
+            summarize(first, c, weights, carray(pointer(M.sums), (SUMS,), np.float64))
 
 
 @lru_cache

@@ -234,6 +234,7 @@ def test_without_an_observer_no_trace_is_computed(
     monkeypatch.setattr(Norm, "residual", forbidden)
     monkeypatch.setattr(eager, "_squared_error", forbidden)
     monkeypatch.setattr(cpu, "update_", eager.update_)  # machine code cannot be patched
+    monkeypatch.delattr(cpu, "update_all_")
     monkeypatch.setattr(alternating, "Trace", forbidden)
     model = TinyText()
     optimizer = make(model.named_parameters())

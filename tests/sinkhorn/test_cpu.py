@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from lightning_multinorm.batch import Batch
 from lightning_multinorm.rounding import noise, round_to_bfloat16
 from lightning_multinorm.sinkhorn import cpu, cpu_kernels, eager, reference
 
@@ -42,6 +43,35 @@ def test_threads_change_no_bit(dtype: torch.dtype, scale: float) -> None:
     assert_close(results[0][0].double() - 0.875, -0.5 * reference.sr_sinkhorn(G, 3), rtol=1e-5, atol=1e-6)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("observe", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_several_batches_at_once_are_the_same_to_the_last_bit(threads: int, observe: bool) -> None:
+    """Of any shapes, dtypes, iterations and rates; what one leaves in a thread's buffers must not reach the next."""
+    torch.set_num_threads(threads)
+    makes = [
+        (lambda: torch.randn(7, 12), lambda: _heavy(7, 12), 1.0, 3),
+        (lambda: torch.randn(2, 41, 301).bfloat16(), lambda: _heavy(2, 41, 301).bfloat16(), 1.0, 5),
+        (lambda: torch.randn(5, 3), lambda: _heavy(5, 3) * 1e-25, 0.1, 2),
+        (lambda: torch.randn(301, 41).mT, lambda: _heavy(301, 41).mT.half(), 1.0, 1),
+        (lambda: torch.randn(0, 4), lambda: torch.randn(0, 4), 1.0, 5),
+        (lambda: torch.randn(1, 1), lambda: torch.randn(1, 1), 0.5, 5),
+    ]
+    batches, alone = [], []
+    for k, (weight, gradient, lr, iterations) in enumerate(makes):
+        weights, gradients = [weight() for _ in range(k % 3 + 1)], [gradient() for _ in range(k % 3 + 1)]
+        rest = (lr, 0.1, iterations, torch.tensor(k), observe)
+        batches.append(Batch(weights, gradients, *rest))
+        alone.append(Batch([W.clone() for W in weights], gradients, *rest))
+    together = cpu.update_all_(batches)
+    for batch, seen, one in zip(batches, together, alone, strict=True):
+        (expected,) = cpu.update_all_([one])
+        assert all(map(torch.equal, batch.weights, one.weights))
+        assert (seen is None) is (expected is None) is (not observe)
+        if seen is not None and expected is not None:
+            for a, b in zip(seen, expected, strict=True):
+                assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

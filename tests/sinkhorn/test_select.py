@@ -61,6 +61,7 @@ def test_the_optimizer_uses_what_is_asked_for(
 ) -> None:
     calls = []
     monkeypatch.setattr(module, "update_", lambda *args, **kwargs: calls.append(kwargs["iterations"]))
+    monkeypatch.delattr(module, "update_all_", raising=False)
     weight = nn.Parameter(torch.randn(3, 4))
     weight.grad = torch.randn(3, 4)
     SinkGD([("layer.weight", weight)], iterations=3, kernel=kernel).step()
