@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_multinorm.batch import Batch
-from lightning_multinorm.sinkhorn.select import Kernel, Together, path
+from lightning_multinorm.sinkhorn.select import Kernel, path
 from lightning_multinorm.sinkhorn.tracing import Tracing
 
 __all__ = ["Kernel", "Tracing", "scalings", "sr_sinkhorn", "update_", "update_all_"]
@@ -84,8 +84,9 @@ def update_all_(batches: Sequence[Batch], *, kernel: Kernel = "auto") -> list[Tr
         A tracing for each batch that asks to be observed, else None.
     """
     paths = [path(kernel, batch.weights[0], batch.gradients[0]) for batch in batches]
-    if paths and isinstance(paths[0], Together) and all(one is paths[0] for one in paths):
-        return paths[0].update_all_(batches)
+    together = getattr(paths[0], "update_all_", None) if len(set(paths)) == 1 else None  # Numba's path has it
+    if together is not None:
+        return list(together(batches))
     return [
         one.update_(
             batch.weights,

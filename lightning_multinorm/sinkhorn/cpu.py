@@ -6,6 +6,7 @@ are added in the same order either way, so results do not depend on the number o
 Needs Numba (``pip install 'lightning-multinorm[numba]'``). Float32, bfloat16 and float16, in any mix.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -188,15 +189,17 @@ def _solve(parts: Sequence[_Part]) -> None:
             for k in range(len(part.Gs)):
                 _share(part, k, threads)
         return
-    table = np.concatenate([_table(part) for part in parts])
-    table = table[np.argsort(-table["m"] * table["n"], kind="stable")]  # the large first, for threads to end together
-    job = np.array([(0, count, table.ctypes.data, table["m"].max(), table["n"].max())], kernels.JOB)
+    table, start = np.zeros(count, kernels.MATRIX), 0
+    for part in sorted(parts, key=lambda part: -math.prod(part.shape)):  # large ones first, for threads to end together
+        _tell(part, table[start : start + len(part.Gs)])
+        start += len(part.Gs)
+    m, n = (max(part.shape[k] for part in parts) for k in (0, 1))
+    job = np.array([(0, count, table.ctypes.data, m, n)], kernels.JOB)
     cpu_threads.run(kernels.work, kernels.team(), job.ctypes.data, threads)
 
 
-def _table(part: _Part) -> Any:
-    """A row of `kernels.MATRIX` for each G; 0 for what there is not."""
-    table = np.zeros(len(part.Gs), kernels.MATRIX)
+def _tell(part: _Part, table: Any) -> None:
+    """Fill in a row of `kernels.MATRIX` for each G; what there is not stays 0."""
     for name in ("lr", "keep", "iterations"):
         table[name] = getattr(part, name)
     table["m"], table["n"] = part.shape
@@ -208,7 +211,6 @@ def _table(part: _Part) -> Any:
     for name, vectors in zip(_Kept._fields, part.kept, strict=True):
         if vectors is not None:
             table[name] = vectors.data_ptr() + np.arange(len(vectors)) * vectors.stride(0) * vectors.element_size()
-    return table
 
 
 def _share(part: _Part, k: int, threads: int) -> None:

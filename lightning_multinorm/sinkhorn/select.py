@@ -4,12 +4,11 @@ import importlib.util
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_multinorm.batch import Batch
 from lightning_multinorm.sinkhorn.sharded import Passes
 from lightning_multinorm.sinkhorn.tracing import Tracing
 
@@ -42,13 +41,6 @@ class Path(Protocol):
         trace: bool = False,
         seed: int | Tensor | None = None,
     ) -> Tracing | None: ...
-
-
-@runtime_checkable
-class Together(Protocol):
-    """What `cpu` can besides."""
-
-    def update_all_(self, batches: Sequence[Batch]) -> list[Tracing | None]: ...
 
 
 def check_kernel(kernel: str) -> None:
