@@ -20,6 +20,11 @@ RESULTS = Path(__file__).parents[1] / "results"
 UPKEEP_EVERY = 200
 EXPLANATIONS = {
     "ratio": "time over that of fused AdamW in the same round: median, and quartiles in brackets",
+    "ratio_thirds": (
+        "the same in the third of the rounds in which AdamW was fastest, and in that in which it was slowest: how far "
+        "it depends on the memory's speed, somewhat overdrawn, as AdamW's own noise chooses the rounds; null for few "
+        "rounds"
+    ),
     "state": "bytes of all tensors that optimizer.state reaches",
     "peak": "most bytes held during a step beyond weights, gradients and state, over the bytes of the weights",
     "floor": (
@@ -44,6 +49,7 @@ def entry(key: str, timing: Timing, survey: Survey, matrices: Matrices, bandwidt
         "library": _library(contender.package),
         "median_ms": seconds * 1e3,
         "ratio": _quartiles(timing.ratios),
+        "ratio_thirds": _thirds(timing),
         "state_bytes": survey.state,
         "peak_bytes": survey.peak,
         "peak_fraction": survey.peak / matrices.bytes,
@@ -103,7 +109,7 @@ def write(folder: Path, content: Mapping[str, Any]) -> Path:
 
 
 def table(content: Mapping[str, Any]) -> Table:
-    """Fastest first; then those that are missing, and why."""
+    """Fastest first; then those that are missing, and why. If fast, if slow: the ratio's thirds, by AdamW's speed."""
     view = Table(
         box=box.SIMPLE,
         title=f"One step of the {content['model']}'s matrices, {content['dtype']}, {content['device']}",
@@ -113,7 +119,7 @@ def table(content: Mapping[str, Any]) -> Table:
         ),
     )
     view.add_column("optimizer", no_wrap=True)
-    for heading in ("ms", "× AdamW", "state", "peak", "GB/s", "time/floor", "first"):
+    for heading in ("ms", "× AdamW", "if fast", "if slow", "state", "peak", "GB/s", "time/floor", "first"):
         view.add_column(heading, justify="right", no_wrap=True)
     view.add_column("notes", min_width=20)
     for row in sorted(content["contenders"].values(), key=lambda row: row["median_ms"]):
@@ -122,6 +128,7 @@ def table(content: Mapping[str, Any]) -> Table:
             row["title"],
             f"{row['median_ms']:.2f}",
             f"{middle:.2f} ({low:.2f}-{high:.2f})",
+            *("-" if ratio is None else f"{ratio:.2f}" for ratio in row["ratio_thirds"] or (None, None)),
             f"{row['state_bytes'] / 1e6:.1f} MB",
             f"{row['peak_fraction']:.0%}",
             f"{row['gb_per_s']:.1f}",
@@ -130,7 +137,7 @@ def table(content: Mapping[str, Any]) -> Table:
             "; ".join(row["notes"]),
         )
     for key, reason in content["missing"].items():
-        view.add_row(CONTENDERS[key].title, *["-"] * 7, reason, style="dim")
+        view.add_row(CONTENDERS[key].title, *["-"] * 9, reason, style="dim")
     return view
 
 
@@ -142,6 +149,15 @@ def _notes(survey: Survey, rounds: int) -> list[str]:
         amortised = survey.upkeep / UPKEEP_EVERY * 1e3
         notes.append(f"without its SVD every {UPKEEP_EVERY} steps: +{amortised:.3g} ms a step")
     return notes
+
+
+def _thirds(timing: Timing) -> list[float] | None:
+    """The median ratio where the reference was fastest, and where it was slowest."""
+    third = len(timing.pairs) // 3
+    if third < 3:
+        return None
+    pairs = sorted(timing.pairs, key=lambda pair: pair[1])
+    return [median(own / reference for own, reference in part) for part in (pairs[:third], pairs[-third:])]
 
 
 def _quartiles(values: Sequence[float]) -> list[float]:
