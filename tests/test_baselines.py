@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from parts import TINY, loader, trainer
+from torch.optim import Optimizer
 
 from lightning_multinorm import LlamaPretraining, parameter_groups
 from lightning_multinorm.cli import MultiNormCLI, PlanningTrainer
@@ -117,27 +118,27 @@ def test_is_what_the_package_documents(overlay: str, build: Build) -> None:
         assert torch.equal(parameter, copied), name
 
 
-def test_muon_is_torchs(build: Build) -> None:
-    module = build("muon")
+def _apart(module: LlamaPretraining, key: str, lr: float) -> tuple[Optimizer, dict[str, Any]]:
+    """The optimizer of ``module``, whose matrices' group alone has ``key``, and that group; all have one rate."""
     module.configure_model()
     optimizer = module.optimizer(parameter_groups(module))
-    kinds = {group["name"]: "momentum" in group for group in optimizer.param_groups}
+    kinds = {group["name"]: key in group for group in optimizer.param_groups}
     assert kinds == {"embedding": False, "matrix": True, "norm": False, "head": False}
-    assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
-    matrices = next(group for group in optimizer.param_groups if group["name"] == "matrix")
+    assert {group["lr"] for group in optimizer.param_groups} == {lr}
+    return optimizer, next(group for group in optimizer.param_groups if group["name"] == "matrix")
+
+
+def test_muon_is_torchs(build: Build) -> None:
+    _, matrices = _apart(build("muon"), "momentum", 1e-3)
     assert (matrices["adjust_lr_fn"], matrices["weight_decay"]) == ("match_rms_adamw", 0.0)
 
 
 def test_racs_is_pytorch_optimizers(build: Build) -> None:
     module = build("racs")
-    module.configure_model()
-    optimizer = module.optimizer(parameter_groups(module))
-    kinds = {group["name"]: "gamma" in group for group in optimizer.param_groups}
-    assert kinds == {"embedding": False, "matrix": True, "norm": False, "head": False}
-    assert {group["lr"] for group in optimizer.param_groups} == {0.02}
+    optimizer, matrices = _apart(module, "gamma", 0.02)
     for parameter in module.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-6  # squares far below the package's own eps
-    matrix = next(p for group in optimizer.param_groups if group["name"] == "matrix" for p in group["params"])
+    matrix = matrices["params"][0]
     before = matrix.detach().clone()
     optimizer.step()
     change = (matrix.detach() - before).square().mean().sqrt()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_optimizer_step(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.optimizer_step", "--model", "tiny", "--rounds", "2", "--threads", "1"]
+    command = [sys.executable, "-m", "benchmarks.optimizer_step", "--model", "tiny", "--rounds", "9", "--threads", "1"]
     subprocess.run(
         [*command, "--only", "sinkgd", "textbook", "--out", str(tmp_path)],
         cwd=ROOT,
@@ -28,7 +28,10 @@ def test_optimizer_step(tmp_path: Path) -> None:
     assert set(entries) == {"adamw", "sinkgd", "textbook"}
     assert entries["sinkgd"]["state_bytes"] == 0
     assert entries["adamw"]["state_bytes"] >= 2 * result["parameter_bytes"]
-    assert len(entries["sinkgd"]["seconds"]) == 2
+    seconds, reference = entries["sinkgd"]["seconds"], entries["sinkgd"]["reference_seconds"]
+    assert reference == entries["adamw"]["seconds"] and len(seconds) == 9
+    by_reference = [seconds[k] / reference[k] for k in sorted(range(9), key=reference.__getitem__)]
+    assert entries["sinkgd"]["ratio_thirds"] == [sorted(by_reference[:3])[1], sorted(by_reference[6:])[1]]
     assert result["machine"]["versions"]["torch"]
 
 

@@ -198,7 +198,7 @@ class MultiNormOptimizer(Optimizer):
             for part in alike:
                 self._divide(part, group)
             return
-        updates = self._update_all_([self._batch(part, group) for part in alike], group)
+        updates = self._update_([self._batch(part, group) for part in alike], group)
         if updates:
             observations = observe_whole(updates, group["lr"] * group["lr_scale"])
             self._tell([(p, group) for part in alike for p in part], observations)
@@ -206,11 +206,9 @@ class MultiNormOptimizer(Optimizer):
     def _alike(self, parameters: Iterable[Tensor], group: Group) -> Iterator[list[Tensor]]:
         """Parameters that are updated together."""
         batches: dict[tuple[Any, ...], list[Tensor]] = {}
-        fixed = None if group.get("iterations") == "auto" else auto_iterations.iterations_of(group, 0)
         for p in parameters:
             assert p.grad is not None
-            iterations = self._iterations(p, group) if fixed is None else fixed
-            batches.setdefault((p.shape, p.dtype, p.grad.dtype, p.device, iterations), []).append(p)
+            batches.setdefault((p.shape, p.dtype, p.grad.dtype, p.device, self._iterations(p, group)), []).append(p)
         yield from batches.values()
 
     def _batch(self, alike: Sequence[Tensor], group: Group) -> Batch:
@@ -225,7 +223,7 @@ class MultiNormOptimizer(Optimizer):
         rank, world = dist.get_rank(self.replicas), dist.get_world_size(self.replicas)
         own: dict[int, Observation] = {}
         for k in range(rank, len(alike), world):
-            for measured in self._update_all_([self._batch([alike[k]], group)], group):
+            for measured in self._update_([self._batch([alike[k]], group)], group):
                 (seen,) = observe_whole([measured], group["lr"] * group["lr_scale"])
                 own[k] = seen._replace(residuals=seen.residuals.cpu(), statistics=seen.statistics.cpu())
         sent = [
@@ -323,13 +321,13 @@ class MultiNormOptimizer(Optimizer):
                 shape = self._slices[p].shape if p in self._slices else p.shape
                 count += matrix_count(shape, group["view"]) if group["rule"] not in ("adam", "sign") else 1
 
-    def _update_all_(self, batches: Sequence[Batch], group: Group) -> list[Measured]:
-        """Update whole matrices in place; what was measured of the batches, if they ask for it."""
-        return [measured for batch in batches if (measured := self._update_(batch, group))]
-
     @abstractmethod
-    def _update_(self, batch: Batch, group: Group) -> Measured | None:
-        """Update whole matrices in place, with the hyper-parameters of a group; measured if the batch asks for it."""
+    def _update_(self, batches: Sequence[Batch], group: Group) -> list[Measured]:
+        """Update whole matrices in place, with the hyper-parameters of a group.
+
+        Returns:
+            What was measured of each batch, in order, if they ask for it; else nothing.
+        """
 
     @abstractmethod
     def _update_sharded_(

@@ -82,8 +82,9 @@ class MultiNormGD(MultiNormOptimizer):
         """As SWAN's if a norm is spectral, else as SinkGD's."""
         return 0.5 if any(norm.name == "spectral" for norm in self.norms) else 1.0
 
-    def _update_(self, batch: Batch, group: Group) -> Measured | None:
-        return apply_normalized_(batch, self._normalize(batch.iterations, batch.observe))
+    def _update_(self, batches: Sequence[Batch], group: Group) -> list[Measured]:
+        updates = (apply_normalized_(batch, self._normalize(batch.iterations, batch.observe)) for batch in batches)
+        return [seen for seen in updates if seen is not None]
 
     def _update_sharded_(
         self, jobs: Sequence[Job], group: Group, iterations: int, like: Tensor, *, observe: bool

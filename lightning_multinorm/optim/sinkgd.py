@@ -101,16 +101,17 @@ class SinkGD(MultiNormOptimizer):
         """Its matrices' best rate falls with 1/width, as Adam's; not at all if the operator norm sets the size."""
         return 0.0 if self.defaults["rescale"] == "operator" else 1.0
 
-    def _update_all_(self, batches: Sequence[Batch], group: Group) -> list[Measured]:
+    def _update_(self, batches: Sequence[Batch], group: Group) -> list[Measured]:
         if group["rescale"] == "operator":
-            return super()._update_all_(batches, group)
+            updates = (self._update_by_operator_norm_(batch) for batch in batches)
+            return [seen for seen in updates if seen is not None]
         return [
             Measured(("row", "column"), *found.vectors, weights=found.weights, sums=found.sums)
             for found in sinkhorn.update_all_(batches, kernel=self._kernel)
             if found is not None
         ]
 
-    def _update_(self, batch: Batch, group: Group) -> Measured | None:
+    def _update_by_operator_norm_(self, batch: Batch) -> Measured | None:
         dtypes = {batch.weights[0].dtype, batch.gradients[0].dtype}
         return operator_norm.update_whole_(batch, select.passes(self._kernel, batch.weights[0].device, dtypes))
 

@@ -123,8 +123,9 @@ class SWAN(MultiNormOptimizer):
         """The spectral norm of a whitened update with entries of RMS 1 grows as √width."""
         return 0.5
 
-    def _update_(self, batch: Batch, group: Group) -> Measured | None:
-        return apply_normalized_(batch, _normalize(group, batch.observe))
+    def _update_(self, batches: Sequence[Batch], group: Group) -> list[Measured]:
+        updates = (apply_normalized_(batch, _normalize(group, batch.observe)) for batch in batches)
+        return [seen for seen in updates if seen is not None]
 
     def _update_sharded_(
         self, jobs: Sequence[Job], group: Group, iterations: int, like: Tensor, *, observe: bool

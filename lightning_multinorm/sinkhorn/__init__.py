@@ -77,11 +77,17 @@ def update_all_(batches: Sequence[Batch], *, kernel: Kernel = "auto") -> list[Tr
     """`update_` for each of several batches, on one device; in one go where the path can take several shapes at once.
 
     Args:
-        batches: each of matrices of one shape and dtype.
+        batches: each of matrices (..., m, n) of one shape and dtype, at a rate in RMS change per entry.
         kernel: which path computes; "auto" chooses by device and dtype.
 
     Returns:
-        A tracing for each batch that asks to be observed, else None.
+        A tracing for each batch that asks to be observed, None for each other one.
+
+    Raises:
+        ModuleNotFoundError: for a kernel whose package is missing.
+        TypeError: for a dtype that the kernel does not take.
+        ValueError: for an unknown kernel, one for another device, or a batch of unlike matrices; Numba's path has
+            then updated none.
     """
     paths = [path(kernel, batch.weights[0], batch.gradients[0]) for batch in batches]
     together = getattr(paths[0], "update_all_", None) if len(set(paths)) == 1 else None  # Numba's path has it

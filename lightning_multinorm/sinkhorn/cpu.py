@@ -64,7 +64,12 @@ def update_(
 
 
 def update_all_(batches: Sequence[Batch]) -> list[Tracing | None]:
-    """`update_` of several batches, each of its own shape and dtypes: matrices of all of them side by side."""
+    """`update_` of several batches, each of its own shape and dtypes: matrices of all of them side by side.
+
+    Raises:
+        TypeError: for float64.
+        ValueError: for a batch of several shapes or dtypes, or one that is not on the CPU. Nothing is updated then.
+    """
     parts = [_part(batch) for batch in batches]
     _solve([part for part, batch in zip(parts, batches, strict=True) if batch.gradients[0].numel()])
     for part, batch in zip(parts, batches, strict=True):
@@ -166,6 +171,7 @@ def _unbound(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _part(batch: Batch) -> _Part:
+    """A batch as machine code sees it, with room for what is to be observed."""
     shape = batch.gradients[0].shape
     Ws, Gs = _matrices(batch.weights, shape), _matrices(batch.gradients, shape)
     if len(batch.weights) != len(batch.gradients):
@@ -191,14 +197,14 @@ def _solve(parts: Sequence[_Part]) -> None:
         return
     table, start = np.zeros(count, kernels.MATRIX), 0
     for part in sorted(parts, key=lambda part: -math.prod(part.shape)):  # large ones first, for threads to end together
-        _tell(part, table[start : start + len(part.Gs)])
+        _fill(part, table[start : start + len(part.Gs)])
         start += len(part.Gs)
     m, n = (max(part.shape[k] for part in parts) for k in (0, 1))
     job = np.array([(0, count, table.ctypes.data, m, n)], kernels.JOB)
     cpu_threads.run(kernels.work, kernels.team(), job.ctypes.data, threads)
 
 
-def _tell(part: _Part, table: Any) -> None:
+def _fill(part: _Part, table: Any) -> None:
     """Fill in a row of `kernels.MATRIX` for each G; what there is not stays 0."""
     for name in ("lr", "keep", "iterations"):
         table[name] = getattr(part, name)

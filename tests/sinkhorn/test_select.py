@@ -6,9 +6,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 from lightning_multinorm import SinkGD, sr_sinkhorn
-from lightning_multinorm.sinkhorn import cpu, eager, select
+from lightning_multinorm.batch import Batch
+from lightning_multinorm.sinkhorn import cpu, eager, reference, select, update_all_
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +68,23 @@ def test_the_optimizer_uses_what_is_asked_for(
     weight.grad = torch.randn(3, 4)
     SinkGD([("layer.weight", weight)], iterations=3, kernel=kernel).step()
     assert calls == [3]
+
+
+@pytest.mark.parametrize("kernel", ["auto", "eager"])
+def test_batches_of_several_dtypes_take_each_its_path(kernel: select.Kernel) -> None:
+    """Float64 is none of Numba's, so these go one by one, in the order of what is returned."""
+    batches = [
+        Batch(
+            [torch.zeros(5, 7, dtype=dtype)], [torch.randn(5, 7, dtype=dtype)], -1.0, 0.0, iterations, observe=observe
+        )
+        for dtype, iterations, observe in (
+            (torch.float32, 3, False),
+            (torch.float64, 2, True),
+            (torch.float32, 1, True),
+        )
+    ]
+    found = update_all_(batches, kernel=kernel)
+    assert [None if seen is None else seen.residuals.shape[-2] for seen in found] == [None, 2, 1]
+    for batch in batches:
+        expected = reference.sr_sinkhorn(batch.gradients[0], batch.iterations)
+        assert_close(batch.weights[0].double(), expected, rtol=1e-5, atol=1e-6)
