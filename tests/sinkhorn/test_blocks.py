@@ -148,3 +148,14 @@ def test_update_of_a_view_reaches_its_storage_and_nothing_else() -> None:
     assert_close(storage[1:6, 3:9].mT.double(), reference.sr_sinkhorn(G), rtol=1e-5, atol=0)
     storage[1:6, 3:9] = 0
     assert (storage == 0).all()
+
+
+def test_blocks_change_no_bit_of_stochastic_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise is numbered by entry, wherever a block begins."""
+    W, G, rounded = torch.randn(2, 20, 7).bfloat16(), torch.randn(2, 20, 7), []
+    for size in [*_BLOCKS, eager._BLOCK_CPU]:
+        monkeypatch.setattr(eager, "_BLOCK_CPU", size)
+        rounded.append(W.clone())
+        r, c = torch.ones(2, 20), torch.ones(2, 7)  # the scalings' sums would depend on the blocks
+        eager._apply_(rounded[-1], G, r, c, 1e-3, 0.1, 5, 0)
+    assert all(torch.equal(rounded[0], other) for other in rounded[1:])
