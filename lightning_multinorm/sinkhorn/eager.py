@@ -140,7 +140,7 @@ def _equilibrate(G: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.zeros(len(G), G.shape[-1], dtype=dtype, device=G.device)
     buffer = a.new_empty(len(G), len(range(G.shape[1])[blocks[0]]), G.shape[-1])
     for rows in blocks:
-        scaled = torch.mul(G[:, rows], a[:, rows, None], out=buffer[:, : len(range(G.shape[1])[rows])])
+        scaled = _product(G[:, rows], a[:, rows, None], buffer[:, : len(range(G.shape[1])[rows])])
         largest = torch.maximum(largest, _largest(scaled, -2))
     return a, inverse_power_of_two(largest)
 
@@ -166,7 +166,7 @@ def _apply_(
     for rows in blocks:
         W_rows, G_rows = W[..., rows, :], G[..., rows, :]
         assert buffer is not None
-        step = torch.mul(G_rows, r[..., rows, None] * lr, out=buffer[..., : G_rows.shape[-2], :])
+        step = _product(G_rows, r[..., rows, None] * lr, buffer[..., : G_rows.shape[-2], :])
         step.mul_(c.unsqueeze(-2))
         if W.dtype == r.dtype:
             if weight_decay:
@@ -177,6 +177,7 @@ def _apply_(
         if seed is not None:
             moved = round_to_bfloat16(moved, noise(seed, number, rows, W.shape[-1], W.device))
         W_rows.copy_(moved)  # rounds to the weight's precision once, at the end
+        del moved  # before the next block's is made
 
 
 def _row_blocks(G: Tensor, parts: int = 1) -> list[slice]:
@@ -187,8 +188,12 @@ def _row_blocks(G: Tensor, parts: int = 1) -> list[slice]:
 
 
 def _squares(G: Tensor, a: Tensor, b: Tensor, buffer: Tensor) -> Tensor:
-    scaled = torch.mul(G, a.unsqueeze(-1), out=buffer[:, : G.shape[1]])
-    return scaled.mul_(b.unsqueeze(-2)).square_()
+    return _product(G, a.unsqueeze(-1), buffer[:, : G.shape[1]]).mul_(b.unsqueeze(-2)).square_()
+
+
+def _product(G: Tensor, scaling: Tensor, out: Tensor) -> Tensor:
+    """out <- G · scaling; another dtype's G is converted there first, for `torch.mul` would make a new tensor of it."""
+    return torch.mul(G, scaling, out=out) if G.dtype == out.dtype else out.copy_(G).mul_(scaling)
 
 
 def _largest(G: Tensor, dim: int) -> Tensor:

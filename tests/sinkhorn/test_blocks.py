@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from benchmarks.optimizer_step.memory import peak_allocated
+from lightning_multinorm.scaling import working_dtype
 from lightning_multinorm.sinkhorn import eager, reference, scalings, update_
 
 _BLOCKS = [1, 7, 20, 45, 97, 250]  # less than a row, part of a matrix, more than one matrix
@@ -159,3 +161,11 @@ def test_blocks_change_no_bit_of_stochastic_rounding(monkeypatch: pytest.MonkeyP
         r, c = torch.ones(2, 20), torch.ones(2, 7)  # the scalings' sums would depend on the blocks
         eager._apply_(rounded[-1], G, r, c, 1e-3, 0.1, 5, 0)
     assert all(torch.equal(rounded[0], other) for other in rounded[1:])
+
+
+@pytest.mark.parametrize("dtypes", _DTYPES[:4], ids=str)
+@pytest.mark.parametrize("seed", [None, 3], ids=["nearest", "stochastic"])
+def test_an_update_allocates_two_blocks_and_vectors(dtypes: tuple[torch.dtype, torch.dtype], seed: int | None) -> None:
+    W, G = torch.zeros(700, 600, dtype=dtypes[0]), torch.randn(700, 600).to(dtypes[1])
+    block, vectors = eager.block_size(G) * working_dtype(G).itemsize, 16 * (700 + 600) * 8
+    assert peak_allocated(lambda: update_([W], [G], lr=0.1, seed=seed)) <= 2 * block + vectors
