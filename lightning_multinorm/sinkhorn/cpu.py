@@ -71,10 +71,11 @@ def update_all_(batches: Sequence[Batch]) -> list[Tracing | None]:
         ValueError: for a batch of several shapes or dtypes, or one that is not on the CPU. Nothing is updated then.
     """
     parts = [_part(batch) for batch in batches]
-    _solve([part for part, batch in zip(parts, batches, strict=True) if batch.gradients[0].numel()])
+    filled = [k for k, batch in enumerate(batches) if batch.gradients[0].numel()]
+    for k in filled:  # before machine code has pushed all that Python knows of them out of the caches
+        torch.autograd.graph.increment_version([W for W in batches[k].weights if not W.is_inference()])
+    _solve([parts[k] for k in filled])
     for part, batch in zip(parts, batches, strict=True):
-        if batch.gradients[0].numel():
-            torch.autograd.graph.increment_version([W for W in batch.weights if not W.is_inference()])
         if part.found is not None and part.found.sums is not None:
             part.found.sums[..., _SHARED] /= max(1, batch.gradients[0].shape[:-2].numel())
     return [part.found for part in parts]
