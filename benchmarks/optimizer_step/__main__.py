@@ -5,9 +5,9 @@
 ``python -m benchmarks.optimizer_step --plot``
 
 Every round takes one step of every contender on the same weights and gradients, in an order drawn anew, and each time
-is compared with that of fused AdamW in the same round. Only ``step()`` is timed. Prints a table and writes
-``benchmarks/results/optimizer_step_<model>_<dtype>_<device>.json``; benchmarks/requirements.txt lists the libraries,
-and a contender whose library is not installed is listed with the reason.
+is compared with that of a step of fused AdamW right before or after it. Only ``step()`` is timed. Prints a table and
+writes ``benchmarks/results/optimizer_step_<model>_<dtype>_<device>.json``; benchmarks/requirements.txt lists the
+libraries, and a contender whose library is not installed is listed with the reason.
 """
 
 import argparse

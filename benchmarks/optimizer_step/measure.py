@@ -1,4 +1,8 @@
-"""Interleaved rounds: in each, every contender takes one step on the same matrices, in an order that is drawn anew."""
+"""Interleaved rounds: in each, every contender takes one step on the same matrices, in an order that is drawn anew.
+
+Next to each step, before or after it, the reference takes one: a shared machine's memory changes its speed within
+seconds, so what is compared must be close in time.
+"""
 
 import gc
 import random
@@ -23,7 +27,7 @@ _Pair = tuple[float, float]
 
 @dataclass
 class Timing:
-    """Seconds of a contender's steps, and of the reference's in the same rounds."""
+    """Seconds of a contender's steps, and of the reference's next to them."""
 
     pairs: list[_Pair] = field(default_factory=list)
 
@@ -34,7 +38,7 @@ class Timing:
 
     @property
     def ratios(self) -> list[float]:
-        """To the reference, round by round."""
+        """To the reference, pair by pair."""
         return [own / reference for own, reference in self.pairs]
 
 
@@ -106,8 +110,10 @@ def run_block(
         tell(f"round {i + 1} of {rounds}")
         keys = [key for key in optimizers if i in few or warm[key] <= _SLOW * warm[REFERENCE]]
         order.shuffle(keys)
-        seconds = {key: step(key) for key in keys}
         for key in keys:
+            pair = [key] if key == REFERENCE else [REFERENCE, key]
+            order.shuffle(pair)
+            seconds = {one: step(one) for one in pair}
             timings[key].pairs.append((seconds[key], seconds[REFERENCE]))
     optimizers.clear()
     gc.collect()

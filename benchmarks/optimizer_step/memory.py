@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-# glibc then gives every freed block of more than 1 MiB back to the system, so that resident memory is memory in use.
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+# glibc then gives every freed block of more than 64 KiB back to the system, so that resident memory is memory in use.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
 
 
 def state_bytes(optimizer: Optimizer, shared: Iterable[Tensor]) -> int:

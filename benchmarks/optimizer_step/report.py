@@ -19,10 +19,10 @@ from benchmarks.optimizer_step.survey import Survey
 RESULTS = Path(__file__).parents[1] / "results"
 UPKEEP_EVERY = 200
 EXPLANATIONS = {
-    "ratio": "time over that of fused AdamW in the same round: median, and quartiles in brackets",
+    "ratio": "time over that of a step of fused AdamW right before or after it: median, and quartiles in brackets",
     "ratio_thirds": (
-        "the same in the third of the rounds in which AdamW was fastest, and in that in which it was slowest: how far "
-        "it depends on the memory's speed, somewhat overdrawn, as AdamW's own noise chooses the rounds; null for few "
+        "the same in the third of the pairs in which AdamW was fastest, and in that in which it was slowest: how far "
+        "it depends on the memory's speed, somewhat overdrawn, as AdamW's own noise chooses the pairs; null for few "
         "rounds"
     ),
     "state": "bytes of all tensors that optimizer.state reaches",
