@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+_FACTORS = 0x7FEB352D, 0x846CA68B
+_BLOCK_CPU, _BLOCK_ACCELERATOR = 2**14, 2**22  # entries that are rounded at a time, at some 24 bytes each
 
 _Integers = TypeVar("_Integers", int, Tensor)
 
@@ -22,9 +24,9 @@ _Integers = TypeVar("_Integers", int, Tensor)
 def lowbias32(x: _Integers) -> _Integers:
     """A well-mixed 32-bit hash of each 32-bit number; tensors hold both in int64."""
     x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _MASK
+    x = (x * _FACTORS[0]) & _MASK
     x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _MASK
+    x = (x * _FACTORS[1]) & _MASK
     return x ^ (x >> 16)
 
 
@@ -34,14 +36,53 @@ def key(seed: _Integers, matrix: int) -> _Integers:
 
 
 def noise(seed: int | Tensor, matrix: int, rows: slice, columns: int, device: torch.device) -> Tensor:
-    """Uniform 16-bit noise for rows of the ``matrix``-th (·, columns) matrix of an update: int64 (rows, columns)."""
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
-    entry = torch.arange(rows.start * columns, rows.stop * columns, device=device).view(-1, columns)
-    return lowbias32((entry & _MASK) ^ key(seed, matrix)) >> 16
+    """Uniform 16-bit noise for rows of the ``matrix``-th (·, columns) matrix of an update: int32 (rows, columns).
+
+    The upper half of `lowbias32`, in place and in int32, which wraps around as the hash does.
+    """
+    if device.type == "cpu":
+        own = torch.tensor(key(int(seed), matrix))
+    else:
+        own = key(torch.as_tensor(seed, dtype=torch.int64, device=device), matrix)
+    x = torch.arange(rows.start * columns, rows.stop * columns, device=device).to(torch.int32).view(-1, columns)
+    x ^= own.to(torch.int32)
+    for shift, factor in zip((16, 15), _FACTORS, strict=True):
+        x ^= _shifted_(x.clone(), shift)
+        x *= factor - 2**32 if factor >= 2**31 else factor
+    return _shifted_(x, 16)
+
+
+def _shifted_(x: Tensor, bits: int) -> Tensor:
+    """x <- x >> bits, of int32 taken as 32 bits without a sign."""
+    return x.bitwise_right_shift_(bits).bitwise_and_((1 << 32 - bits) - 1)
+
+
+def store_rounded_(W: Tensor, x: Tensor, seed: int | Tensor, matrix: int = 0, first: int = 0) -> None:
+    """W <- x, rounded stochastically, in blocks of rows: noise takes more room than what it rounds.
+
+    Args:
+        W: (..., n) in bfloat16, or (n).
+        x: as large, in float32.
+        seed: of the update.
+        matrix: W's number in the update.
+        first: number of W's first row, if it is a part of its matrix.
+    """
+    if W.ndim == 1:
+        W, x = W.unsqueeze(0), x.unsqueeze(0)
+    if W.ndim > 2:
+        for k, (W_k, x_k) in enumerate(zip(W, x, strict=True)):
+            store_rounded_(W_k, x_k, seed, matrix, first + k * W_k.shape[:-1].numel())
+        return
+    m, n = W.shape
+    step = max(1, (_BLOCK_CPU if W.device.type == "cpu" else _BLOCK_ACCELERATOR) // max(1, n))
+    for i in range(0, m, step):
+        stop = min(i + step, m)
+        draws = noise(seed, matrix, slice(first + i, first + stop), n, W.device)
+        W[i:stop].copy_(round_to_bfloat16(x[i:stop], draws))
 
 
 def round_to_bfloat16(x: Tensor, noise: Tensor) -> Tensor:
     """float32 ``x`` to bfloat16: up in magnitude if its lower half plus the noise overflows, else down."""
-    bits = x.view(torch.int32)
-    rounded = ((bits + noise.to(torch.int32)) & -0x10000).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+    rounded = (x.view(torch.int32) + noise.to(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
+    # Infinity stays as it is. NaN might not: the clamped x is NaN where x is, and else less than anything.
+    return torch.maximum(rounded, x.clamp(max=-torch.inf)).to(torch.bfloat16)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_multinorm.rounding import key, lowbias32, noise, round_to_bfloat16
+from lightning_multinorm import rounding
+from lightning_multinorm.rounding import key, lowbias32, noise, round_to_bfloat16, store_rounded_
 
 _CPU = torch.device("cpu")
 
@@ -38,6 +39,31 @@ def test_special_values_stay(value: float) -> None:
     x = torch.full((64,), value)
     y = round_to_bfloat16(x, torch.full((64,), 2**16 - 1))
     assert_close(y.float(), x, equal_nan=True)
+
+
+def test_no_nan_becomes_a_number() -> None:
+    """Also those whose only bits are cut off, or carry over into the sign."""
+    x = torch.tensor([0x7F800001, 0x7FFFFFFF, -1, -0x7FFFFF]).to(torch.int32).view(torch.float32)
+    for draws in (0, 1, 2**15, 2**16 - 1):
+        assert round_to_bfloat16(x, torch.full((4,), draws)).isnan().all()
+
+
+def test_noise_is_the_hash_of_seed_matrix_and_entry() -> None:
+    found = noise(5, 2, slice(3, 6), 7, _CPU)
+    assert found.flatten().tolist() == [lowbias32(entry ^ key(5, 2)) >> 16 for entry in range(21, 42)]
+    late = noise(5, 2, slice(2**32, 2**32 + 1), 3, _CPU)  # entries are told apart by 32 bits
+    assert torch.equal(late, noise(5, 2, slice(0, 1), 3, _CPU))
+
+
+@pytest.mark.parametrize("shape", [(40,), (8, 5), (5, 8), (2, 4, 5), (0, 5)], ids=str)
+@pytest.mark.parametrize("block", [1, 13, 2**14])
+def test_blocks_round_as_the_whole(shape: tuple[int, ...], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "_BLOCK_CPU", block)
+    x, W = torch.randn(shape), torch.zeros(shape, dtype=torch.bfloat16)
+    store_rounded_(W, x, 9, 1, first=3)
+    n = shape[-1]
+    draws = noise(9, 1, slice(3, 3 + x.numel() // n), n, _CPU)
+    assert torch.equal(W, round_to_bfloat16(x, draws.view(shape)))
 
 
 def test_noise_is_uniform_and_independent_of_seed_matrix_and_entry() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from lightning_multinorm.layouts import local
-from lightning_multinorm.rounding import key, lowbias32, round_to_bfloat16
+from lightning_multinorm.rounding import store_rounded_
 from lightning_multinorm.sinkhorn.select import has_numba
 
 ROUNDED_BYTES = 64
@@ -104,17 +104,11 @@ def _rounded_adam_(parameter: Tensor, state: dict[str, Any], group: dict[str, An
         variance.addcmul_(gradient, gradient, value=1 - beta2)
         moved = w.float().mul_(1 - lr * group["weight_decay"])
         moved.sub_(mean.mul(rate).div_(variance.sqrt().div_(root).add_(group["eps"])))
-        w.copy_(round_to_bfloat16(moved, _noise(seeds[0], start, len(w), w.device)))
+        store_rounded_(w.unsqueeze(1), moved.unsqueeze(1), seeds[0], first=start)
         m.copy_(mean)
-        v.copy_(round_to_bfloat16(variance, _noise(seeds[1], start, len(w), w.device)))
+        store_rounded_(v.unsqueeze(1), variance.unsqueeze(1), seeds[1], first=start)
 
 
 def rounded_block(device: str) -> int:
     """Entries that a stochastically rounded step takes at a time, on a type of device."""
     return _ROUNDED_CPU if device == "cpu" else _ROUNDED_ACCELERATOR
-
-
-def _noise(seed: Tensor, start: int, count: int, device: torch.device) -> Tensor:
-    """Uniform 16-bit noise for entries start .. start + count of a parameter, int64."""
-    entry = torch.arange(start, start + count, device=device) & 0xFFFFFFFF
-    return lowbias32(entry ^ key(seed, 0)) >> 16

@@ -12,7 +12,7 @@ from lightning_multinorm.alternating import Trace
 from lightning_multinorm.batch import Batch
 from lightning_multinorm.layouts import ShardedMatrix, all_reduce_, cut, gather, reduce_
 from lightning_multinorm.optim.observation import Measured, inverse_rms
-from lightning_multinorm.rounding import noise, round_to_bfloat16
+from lightning_multinorm.rounding import store_rounded_
 from lightning_multinorm.scaling import power_of_two
 from lightning_multinorm.sinkhorn.eager import block_size
 from lightning_multinorm.sinkhorn.sharded import Job
@@ -126,9 +126,9 @@ def subtract_(W: Tensor, X: Tensor, lr: float | Tensor, weight_decay: float, see
     if W.dtype != X.dtype:
         moved = W.to(X.dtype).mul_(1 - lr * weight_decay).sub_(X.mul_(lr))
         if seed is not None and W.dtype is torch.bfloat16:
-            rows = slice(0, W.shape[:-1].numel())
-            moved = round_to_bfloat16(moved, noise(seed, 0, rows, W.shape[-1], W.device).view_as(moved))
-        W.copy_(moved)
+            store_rounded_(W, moved, seed)
+        else:
+            W.copy_(moved)
         return
     if weight_decay:
         W.mul_(1 - lr * weight_decay)

@@ -18,14 +18,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_multinorm.rounding import noise, round_to_bfloat16
+from lightning_multinorm.rounding import store_rounded_
 from lightning_multinorm.scaling import inverse_power_of_two, working_dtype
 from lightning_multinorm.sinkhorn.tracing import Tracing, weight_squares
 
 # Entries of one block: small enough to stay in a CPU's cache and to be no weight in memory, large enough to keep an
 # accelerator busy.
 _BLOCK_CPU, _BLOCK_ACCELERATOR = 2**17, 2**24
-_NOISE = 8  # parts of a block that are rounded stochastically one after another
 
 
 def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple[Tensor, Tensor, Tracing | None]:
@@ -160,8 +159,7 @@ def _apply_(
         for k, (W_k, G_k, r_k, c_k) in enumerate(zip(W, G, r, c, strict=True)):
             _apply_(W_k, G_k, r_k, c_k, lr, weight_decay, seed, number + k * W_k.shape[:-2].numel())
         return
-    # Noise is made in int64, several times over.
-    blocks = [slice(None)] if W.ndim > 2 else _row_blocks(G.unsqueeze(0), 1 if seed is None else _NOISE)
+    blocks = [slice(None)] if W.ndim > 2 else _row_blocks(G.unsqueeze(0), 1 if seed is None else 2)  # room for noise
     buffer = r.new_empty(G[..., blocks[0], :].shape) if blocks else None
     for rows in blocks:
         W_rows, G_rows = W[..., rows, :], G[..., rows, :]
@@ -175,13 +173,14 @@ def _apply_(
             continue
         moved = W_rows.to(r.dtype).mul_(1 - lr * weight_decay).sub_(step)
         if seed is not None:
-            moved = round_to_bfloat16(moved, noise(seed, number, rows, W.shape[-1], W.device))
-        W_rows.copy_(moved)  # rounds to the weight's precision once, at the end
+            store_rounded_(W_rows, moved, seed, number, rows.start)
+        else:
+            W_rows.copy_(moved)  # rounds to the weight's precision once, at the end
         del moved  # before the next block's is made
 
 
 def _row_blocks(G: Tensor, parts: int = 1) -> list[slice]:
-    """Rows of G (B, m, n) that are worked on at a time, a block or one of so many parts of it."""
+    """Rows of G (B, m, n) that are worked on at a time, a block or one of so many parts of one."""
     batch, m, n = G.shape
     rows = max(1, block_size(G) // parts // max(1, batch * n))
     return [slice(i, min(i + rows, m)) for i in range(0, m, rows)]
