@@ -61,18 +61,12 @@ def store_rounded_(W: Tensor, x: Tensor, seed: int | Tensor, matrix: int = 0, fi
     """W <- x, rounded stochastically, in blocks of rows: noise takes more room than what it rounds.
 
     Args:
-        W: (..., n) in bfloat16, or (n).
+        W: (m, n) in bfloat16.
         x: as large, in float32.
         seed: of the update.
         matrix: W's number in the update.
         first: number of W's first row, if it is a part of its matrix.
     """
-    if W.ndim == 1:
-        W, x = W.unsqueeze(0), x.unsqueeze(0)
-    if W.ndim > 2:
-        for k, (W_k, x_k) in enumerate(zip(W, x, strict=True)):
-            store_rounded_(W_k, x_k, seed, matrix, first + k * W_k.shape[:-1].numel())
-        return
     m, n = W.shape
     step = max(1, (_BLOCK_CPU if W.device.type == "cpu" else _BLOCK_ACCELERATOR) // max(1, n))
     for i in range(0, m, step):

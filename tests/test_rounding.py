@@ -55,15 +55,13 @@ def test_noise_is_the_hash_of_seed_matrix_and_entry() -> None:
     assert torch.equal(late, noise(5, 2, slice(0, 1), 3, _CPU))
 
 
-@pytest.mark.parametrize("shape", [(40,), (8, 5), (5, 8), (2, 4, 5), (0, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8), (40, 1), (0, 5)], ids=str)
 @pytest.mark.parametrize("block", [1, 13, 2**14])
-def test_blocks_round_as_the_whole(shape: tuple[int, ...], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_round_as_the_whole(shape: tuple[int, int], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "_BLOCK_CPU", block)
     x, W = torch.randn(shape), torch.zeros(shape, dtype=torch.bfloat16)
     store_rounded_(W, x, 9, 1, first=3)
-    n = shape[-1]
-    draws = noise(9, 1, slice(3, 3 + x.numel() // n), n, _CPU)
-    assert torch.equal(W, round_to_bfloat16(x, draws.view(shape)))
+    assert torch.equal(W, round_to_bfloat16(x, noise(9, 1, slice(3, 3 + shape[0]), shape[1], _CPU)))
 
 
 def test_noise_is_uniform_and_independent_of_seed_matrix_and_entry() -> None:

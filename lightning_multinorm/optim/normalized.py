@@ -12,10 +12,10 @@ from lightning_multinorm.alternating import Trace
 from lightning_multinorm.batch import Batch
 from lightning_multinorm.layouts import ShardedMatrix, all_reduce_, cut, gather, reduce_
 from lightning_multinorm.optim.observation import Measured, inverse_rms
-from lightning_multinorm.rounding import store_rounded_
 from lightning_multinorm.scaling import power_of_two
+from lightning_multinorm.sinkhorn import select
 from lightning_multinorm.sinkhorn.eager import block_size
-from lightning_multinorm.sinkhorn.sharded import Job
+from lightning_multinorm.sinkhorn.sharded import Job, Part
 from lightning_multinorm.sinkhorn.tracing import weight_squares
 
 Normalize = Callable[[Tensor], tuple[Tensor, Trace | None]]
@@ -124,11 +124,7 @@ def _over_batches(jobs: Sequence[Job], errors: dict[int, Tensor]) -> Tensor:
 def subtract_(W: Tensor, X: Tensor, lr: float | Tensor, weight_decay: float, seed: Tensor | None) -> None:
     """``W <- (1 - lr · weight_decay) W - lr X``, rounded once; X (..., m, n) may be spoiled."""
     if W.dtype != X.dtype:
-        moved = W.to(X.dtype).mul_(1 - lr * weight_decay).sub_(X.mul_(lr))
-        if seed is not None and W.dtype is torch.bfloat16:
-            store_rounded_(W, moved, seed)
-        else:
-            W.copy_(moved)
+        _subtract_rounded_(W, X, lr, weight_decay, seed)
         return
     if weight_decay:
         W.mul_(1 - lr * weight_decay)
@@ -136,3 +132,19 @@ def subtract_(W: Tensor, X: Tensor, lr: float | Tensor, weight_decay: float, see
         W.sub_(X.mul_(lr))
     else:
         W.add_(X, alpha=-lr)
+
+
+def _subtract_rounded_(W: Tensor, X: Tensor, lr: float | Tensor, weight_decay: float, seed: Tensor | None) -> None:
+    """By the fused update of SR-Sinkhorn with scalings of 1: a large X is read, and W read and written, once."""
+    if W.ndim > 2:
+        for k, (W_k, X_k) in enumerate(zip(W, X, strict=True)):
+            own = None if seed is None else seed + k * W_k.shape[:-2].numel()
+            _subtract_rounded_(W_k, X_k, lr, weight_decay, own)
+        return
+    if not W.numel():
+        return
+    if W.ndim == 1:
+        W, X = W.unsqueeze(0), X.unsqueeze(0)
+    r, c, none = X.new_ones(W.shape[0]), X.new_ones(W.shape[1]), X.new_empty(0)
+    passes = select.passes("auto", W.device, {W.dtype, X.dtype})
+    passes.apply_([Part(W, X, r, c, none, none, none)], [lr], [weight_decay], [seed])
