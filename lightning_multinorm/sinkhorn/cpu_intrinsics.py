@@ -6,8 +6,12 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 
-_I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
+BLOCK = 64  # elements
+_LANES = 16  # of a vector, a cache line of float32
+_I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_FUSED = ("contract",)
 _EXPONENT, _QUIET_NAN = _I32(0x7F800000), _I32(0x7FC0)
 
 
@@ -37,13 +41,62 @@ def prefetch(typingctx: Any, address: Any) -> Any:
     """Have the cache line at ``address`` brought into the second-level cache; any address will do, nothing is read."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        where = builder.inttoptr(arguments[0], _I8.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        builder.call(function, [where, _I32(0), _I32(2), _I32(1)])  # to be read, used twice or so, data
+        _prefetch(builder, builder.inttoptr(arguments[0], _I8.as_pointer()))
         return context.get_dummy_value()
 
     return types.none(types.intp), codegen
+
+
+@intrinsic
+def update_ahead(typingctx: Any, w: Any, g: Any, r: Any, c: Any, keep: Any, blocks: Any, ahead: Any) -> Any:
+    """w_j <- keep w_j - (r g_j) c_j for so many blocks of `BLOCK` elements; asks for each line ``ahead`` bytes early.
+
+    g in float32, or bfloat16 as 16-bit words. In vectors, since LLVM makes none of a loop that prefetches.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        own = [make_array(signature.args[k])(context, builder, arguments[k]).data for k in (0, 1, 3)]
+        r, keep = _filled(builder, arguments[2]), _filled(builder, arguments[4])
+        with cgutils.for_range(builder, arguments[5]) as loop:
+            for first in range(0, BLOCK, _LANES):
+                element = builder.add(builder.mul(loop.index, _I64(BLOCK)), _I64(first))
+                W, G, C = (builder.gep(data, [element]) for data in own)
+                _prefetch(builder, builder.gep(builder.bitcast(W, _I8.as_pointer()), [arguments[6]]))
+                w, g, c = (_vector(builder, where) for where in (W, G, C))
+                step = builder.fmul(builder.fmul(g, r), c)
+                moved = builder.fsub(builder.fmul(w, keep, flags=_FUSED), step, flags=_FUSED)
+                builder.store(moved, builder.bitcast(W, moved.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.none(w, g, types.float32, c, types.float32, types.intp, types.intp), codegen
+
+
+def _prefetch(builder: Any, where: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    builder.call(function, [where, _I32(0), _I32(2), _I32(1)])  # to be read, used twice or so, data
+
+
+def _vector(builder: Any, where: Any) -> Any:
+    """The vector of floats, or of words widened to floats, at ``where``."""
+    element = where.type.pointee
+    kind = ir.VectorType(element, _LANES).as_pointer()
+    x = builder.load(builder.bitcast(where, kind), align=4 if element == ir.FloatType() else 2)
+    return x if element == ir.FloatType() else _widened(builder, x)
+
+
+def _widened(builder: Any, words: Any) -> Any:
+    """Of bfloat16 in the vector's words, the float32."""
+    bits = builder.zext(words, ir.VectorType(_I32, _LANES))
+    upper = builder.shl(bits, ir.Constant(bits.type, [16] * _LANES))
+    return builder.bitcast(upper, ir.VectorType(ir.FloatType(), _LANES))
+
+
+def _filled(builder: Any, x: Any) -> Any:
+    """A vector of x."""
+    none = ir.Constant(ir.VectorType(x.type, _LANES), ir.Undefined)
+    first = builder.insert_element(none, x, _I32(0))
+    return builder.shuffle_vector(first, none, ir.Constant(ir.VectorType(_I32, _LANES), [0] * _LANES))
 
 
 @intrinsic

@@ -25,6 +25,7 @@ from numba import carray
 
 from lightning_multinorm.sinkhorn import tracing
 from lightning_multinorm.sinkhorn.cpu_intrinsics import (
+    BLOCK,
     add,
     bfloat16_of_float,
     bfloat16_of_float_stochastic,
@@ -35,6 +36,7 @@ from lightning_multinorm.sinkhorn.cpu_intrinsics import (
     pointer,
     prefetch,
     take,
+    update_ahead,
     widen,
 )
 
@@ -434,23 +436,24 @@ def update(
     w_size, g_size = 4 if w_kind == FLOAT32 else 2, 4 if g_kind == FLOAT32 else 2
     for i in range(i0, i1):
         w_address, g_address = W + i * w_row * w_size, G + i * g_row * g_size
-        _ask_ahead(w_address)
         direct = w_kind == FLOAT32 and w_column == 1
+        ahead = _PAGE if direct else 0
         if direct:
             w = _floats(w_address, n)
         else:
+            _ask_ahead(w_address)
             w = _floats(rows + 4 * n, n)
             load(w_address, w_kind, w_column, n, w)
         if weigh:
             squares += np.float64(_sum_of_squares(w, None))
         if g_column == 1 and g_kind == FLOAT32:
-            _update_row(w, _floats(g_address, n), r[i] * lr, c, keep)
+            _update_row(w, _floats(g_address, n), r[i] * lr, c, keep, ahead)
         elif g_column == 1 and g_kind == BFLOAT16:
-            _update_row(w, _words(g_address, n), r[i] * lr, c, keep)
+            _update_row(w, _words(g_address, n), r[i] * lr, c, keep, ahead)
         else:
             g = _floats(rows, n)
             load(g_address, g_kind, g_column, n, g)
-            _update_row(w, g, r[i] * lr, c, keep)
+            _update_row(w, g, r[i] * lr, c, keep, ahead)
         if not direct:
             _store(w, w_address, w_kind, w_column, n, stochastic, np.uint32(key), i * n)
     return squares
@@ -528,6 +531,7 @@ def _team(address: int) -> None:
 
 
 @inlined
-def _update_row(w: Any, g: Any, r: Any, c: Any, keep: Any) -> None:
-    for j in range(len(c)):
+def _update_row(w: Any, g: Any, r: Any, c: Any, keep: Any, ahead: int) -> None:
+    update_ahead(w, g, r, c, keep, len(c) // BLOCK, ahead)
+    for j in range(len(c) // BLOCK * BLOCK, len(c)):
         w[j] = w[j] * keep - (widen(g[j]) * r) * c[j]
