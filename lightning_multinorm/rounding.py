@@ -58,7 +58,7 @@ def _shifted_(x: Tensor, bits: int) -> Tensor:
 
 
 def store_rounded_(W: Tensor, x: Tensor, seed: int | Tensor, matrix: int = 0, first: int = 0) -> None:
-    """W <- x, rounded stochastically, in blocks of rows: noise takes more room than what it rounds.
+    """W <- x, rounded stochastically; in blocks of rows, for noise takes more room than what it rounds.
 
     Args:
         W: (m, n) in bfloat16.

@@ -8,8 +8,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-BLOCK = 64  # elements
-_LANES = 16  # of a vector, a cache line of float32
+LANES, BLOCK = 16, 64  # elements of a vector, which is a cache line in float32, and of what a loop takes at a time
 _I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _FUSED = ("contract",)
 _EXPONENT, _QUIET_NAN = _I32(0x7F800000), _I32(0x7FC0)
@@ -58,7 +57,7 @@ def update_ahead(typingctx: Any, w: Any, g: Any, r: Any, c: Any, keep: Any, bloc
         own = [make_array(signature.args[k])(context, builder, arguments[k]).data for k in (0, 1, 3)]
         r, keep = _filled(builder, arguments[2]), _filled(builder, arguments[4])
         with cgutils.for_range(builder, arguments[5]) as loop:
-            for first in range(0, BLOCK, _LANES):
+            for first in range(0, BLOCK, LANES):
                 element = builder.add(builder.mul(loop.index, _I64(BLOCK)), _I64(first))
                 W, G, C = (builder.gep(data, [element]) for data in own)
                 _prefetch(builder, builder.gep(builder.bitcast(W, _I8.as_pointer()), [arguments[6]]))
@@ -80,23 +79,23 @@ def _prefetch(builder: Any, where: Any) -> None:
 def _vector(builder: Any, where: Any) -> Any:
     """The vector of floats, or of words widened to floats, at ``where``."""
     element = where.type.pointee
-    kind = ir.VectorType(element, _LANES).as_pointer()
+    kind = ir.VectorType(element, LANES).as_pointer()
     x = builder.load(builder.bitcast(where, kind), align=4 if element == ir.FloatType() else 2)
     return x if element == ir.FloatType() else _widened(builder, x)
 
 
 def _widened(builder: Any, words: Any) -> Any:
     """Of bfloat16 in the vector's words, the float32."""
-    bits = builder.zext(words, ir.VectorType(_I32, _LANES))
-    upper = builder.shl(bits, ir.Constant(bits.type, [16] * _LANES))
-    return builder.bitcast(upper, ir.VectorType(ir.FloatType(), _LANES))
+    bits = builder.zext(words, ir.VectorType(_I32, LANES))
+    upper = builder.shl(bits, ir.Constant(bits.type, [16] * LANES))
+    return builder.bitcast(upper, ir.VectorType(ir.FloatType(), LANES))
 
 
 def _filled(builder: Any, x: Any) -> Any:
     """A vector of x."""
-    none = ir.Constant(ir.VectorType(x.type, _LANES), ir.Undefined)
+    none = ir.Constant(ir.VectorType(x.type, LANES), ir.Undefined)
     first = builder.insert_element(none, x, _I32(0))
-    return builder.shuffle_vector(first, none, ir.Constant(ir.VectorType(_I32, _LANES), [0] * _LANES))
+    return builder.shuffle_vector(first, none, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
 
 
 @intrinsic

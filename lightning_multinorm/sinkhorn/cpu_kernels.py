@@ -26,6 +26,7 @@ from numba import carray
 from lightning_multinorm.sinkhorn import tracing
 from lightning_multinorm.sinkhorn.cpu_intrinsics import (
     BLOCK,
+    LANES,
     add,
     bfloat16_of_float,
     bfloat16_of_float_stochastic,
@@ -46,7 +47,7 @@ PANEL = 256  # rows whose column sums are added up before they join the total: f
 SUMS, _TAIL = len(tracing.SUMS), tracing.TAIL
 _LARGEST = np.float32(np.finfo(np.float32).max)
 _TRUSTED_LOW, _TRUSTED_HIGH = np.float32(2.0**-40), np.float32(2.0**40)  # of a root mean square
-_PAGE, _LINES, _FLOATS_OF_A_LINE = 4096, 16, 16
+_PAGE, _LINES = 4096, 16
 _ONE, _ZERO = np.float32(1), np.float32(0)
 _ZEROS, _STAGE, BUFFER = 4, 5, 6  # a buffer's rows: four that are worked on, one of zeros, one to convert in
 
@@ -437,7 +438,7 @@ def update(
     for i in range(i0, i1):
         w_address, g_address = W + i * w_row * w_size, G + i * g_row * g_size
         direct = w_kind == FLOAT32 and w_column == 1
-        ahead = _PAGE if direct else 0
+        ahead = _PAGE if direct else 0  # a buffer is in cache, with nothing to ask for
         if direct:
             w = _floats(w_address, n)
         else:
@@ -470,9 +471,9 @@ MATRIX = np.dtype(
 
 @jit
 def _vector(length: int) -> Any:
-    """Begins with a cache line, as NumPy's need not: loads that touch two lines cost 1 to 2 % of a step with L = 1."""
-    space = np.empty(length + _FLOATS_OF_A_LINE, np.float32)
-    start = -space.ctypes.data // 4 % _FLOATS_OF_A_LINE
+    """(length,) from the beginning of a cache line, unlike NumPy's: loads from two lines cost up to 2 % of a step."""
+    space = np.empty(length + LANES, np.float32)
+    start = -space.ctypes.data // 4 % LANES
     return space[start : start + length]
 
 

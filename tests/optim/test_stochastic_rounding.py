@@ -12,6 +12,9 @@ from torch import nn
 
 from lightning_multinorm import SWAN, MultiNormGD, SinkGD, parameter_groups
 from lightning_multinorm.norms import ColumnNorm, RowNorm
+from lightning_multinorm.optim.normalized import subtract_
+from lightning_multinorm.rounding import noise, round_to_bfloat16
+from lightning_multinorm.sinkhorn import select
 
 from .models import TinyText, backward
 
@@ -109,3 +112,20 @@ def test_float32_has_no_noise_and_no_count() -> None:
     backward(model, 0)
     optimizer.step()
     assert all("rounding_steps" not in group for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("shape", [(5, 130), (7,), (2, 3, 5, 7), (0, 5)], ids=str)
+@pytest.mark.parametrize("numba", [True, False])
+def test_a_formed_direction_is_subtracted_with_the_noise_of_each_matrix(
+    shape: tuple[int, ...], numba: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly, as products with powers of two are exact."""
+    if not numba:
+        monkeypatch.setattr(select, "_fastest", lambda *_: "eager")
+    W, X, seed = torch.randn(shape).bfloat16(), torch.randn(shape), torch.tensor(11)
+    moved = (W.float() * 0.5 - X * 0.25).view(W.shape[:-2].numel(), *(shape[-2:] if len(shape) > 1 else (1, *shape)))
+    rounded = [
+        round_to_bfloat16(x, noise(11 + k, 0, slice(0, len(x)), x.shape[1], x.device)) for k, x in enumerate(moved)
+    ]
+    subtract_(W, X, 0.25, 2.0, seed)
+    assert torch.equal(W, torch.stack(rounded).view(shape))
