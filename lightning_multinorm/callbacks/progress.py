@@ -28,7 +28,8 @@ class TrainingProgress(RichProgressBar):
         self._lines = lines
         self._output = Console(soft_wrap=True)
         self._shown: tuple[float, dict[str, int | str | float | dict[str, float]]] = (0.0, {})
-        self._train_started = (0.0, 0)
+        self._begun_at = 0
+        self._timed_from = (0.0, 0)
         self._printed = -1
 
     @override
@@ -42,7 +43,7 @@ class TrainingProgress(RichProgressBar):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._train_started = (time.monotonic(), trainer.global_step)
+        self._begun_at = trainer.global_step
         if self._output.is_terminal:
             super().on_train_start(trainer, pl_module)
 
@@ -55,9 +56,11 @@ class TrainingProgress(RichProgressBar):
             return
         every = max(1, trainer.max_steps // self._lines) if trainer.max_steps > 0 else 100
         step = trainer.global_step
-        first = self._train_started[1] + 1
+        first = self._begun_at + 1
         if step > self._printed and (step % every == 0 or step == first) and step >= first:
             self._printed = step  # once, however many micro-batches a step has
+            if step == first:  # which compiles, and tells nothing of those to come
+                self._timed_from = (time.monotonic(), step)
             self._print_line(trainer, step)
 
     @override
@@ -69,9 +72,9 @@ class TrainingProgress(RichProgressBar):
     def _print_line(self, trainer: Trainer, step: int) -> None:
         total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
         parts = [f"step {step:>{len(total)}}{total}", *(f"{name} {value}" for name, value in _metrics(trainer).items())]
-        if trainer.max_steps > 0:
-            started, first = self._train_started
-            left = (time.monotonic() - started) / (step - first) * (trainer.max_steps - step)
+        since, done = self._timed_from
+        if trainer.max_steps > 0 and step > done:
+            left = (time.monotonic() - since) / (step - done) * (trainer.max_steps - step)
             parts.append(f"{duration(left)} left")
         self._output.print(" · ".join(parts), highlight=False)
 

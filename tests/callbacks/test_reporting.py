@@ -85,6 +85,7 @@ def test_a_run_without_a_terminal_prints_lines(tmp_path: Path, capsys: pytest.Ca
     assert "SinkGD" in lines[0] and f"{2 * TOKENS} tokens per step · 8 steps" in lines[0]
     steps = [line for line in lines if line.startswith("step")]
     assert [line.split("/")[0].split()[1] for line in steps] == ["1", "2", "4", "6", "8"]
+    assert [line.endswith(" left") for line in steps] == [False, True, True, True, True]  # the first step compiles
     assert f"tokens {quantity(16 * TOKENS)}" in steps[-1] and steps[-1].endswith("0 s left") and "loss" in steps[-1]
 
 
