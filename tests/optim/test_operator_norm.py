@@ -53,6 +53,13 @@ def test_norm_is_that_of_an_svd_and_direction_is_sinkhorns(kind: str, shape: tup
     assert_close(update / update.norm(), direction / direction.norm(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(2, 7), (7, 2), (3, 40), (4, 5), (1, 6)])
+def test_norm_is_exact_where_directions_are_fewer_than_steps(shape: tuple[int, int]) -> None:
+    """What rounding leaves of a direction is not followed: it would find the same values again, almost."""
+    for _ in range(40):
+        assert abs(_norm(_update(_GRADIENTS["uneven"](*shape), kernel="eager")) - 1) < 2e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     update = _update(torch.randn(48, 64).to(dtype), stochastic_rounding=False)
