@@ -16,7 +16,7 @@ from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _FACTORS = 0x7FEB352D, 0x846CA68B
-_BLOCK_CPU, _BLOCK_ACCELERATOR = 2**14, 2**22  # entries that are rounded at a time, at some 24 bytes each
+_BLOCK_CPU, _BLOCK_ACCELERATOR = 2**15, 2**22  # entries that are rounded at a time, at 8 bytes each
 
 _Integers = TypeVar("_Integers", int, Tensor)
 
@@ -44,17 +44,19 @@ def noise(seed: int | Tensor, matrix: int, rows: slice, columns: int, device: to
         own = torch.tensor(key(int(seed), matrix))
     else:
         own = key(torch.as_tensor(seed, dtype=torch.int64, device=device), matrix)
-    x = torch.arange(rows.start * columns, rows.stop * columns, device=device).to(torch.int32).view(-1, columns)
+    first = (rows.start * columns + 2**31) % 2**32 - 2**31
+    x = torch.arange((rows.stop - rows.start) * columns, dtype=torch.int32, device=device).view(-1, columns)
+    x += first
     x ^= own.to(torch.int32)
     for shift, factor in zip((16, 15), _FACTORS, strict=True):
-        x ^= _shifted_(x.clone(), shift)
+        x ^= _shifted(x, shift)
         x *= factor - 2**32 if factor >= 2**31 else factor
-    return _shifted_(x, 16)
+    return _shifted(x, 16)
 
 
-def _shifted_(x: Tensor, bits: int) -> Tensor:
-    """x <- x >> bits, of int32 taken as 32 bits without a sign."""
-    return x.bitwise_right_shift_(bits).bitwise_and_((1 << 32 - bits) - 1)
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """x >> bits, of int32 taken as 32 bits without a sign."""
+    return (x >> bits).bitwise_and_((1 << 32 - bits) - 1)
 
 
 def store_rounded_(W: Tensor, x: Tensor, seed: int | Tensor, matrix: int = 0, first: int = 0) -> None:
@@ -72,11 +74,16 @@ def store_rounded_(W: Tensor, x: Tensor, seed: int | Tensor, matrix: int = 0, fi
     for i in range(0, m, step):
         stop = min(i + step, m)
         draws = noise(seed, matrix, slice(first + i, first + stop), n, W.device)
-        W[i:stop].copy_(round_to_bfloat16(x[i:stop], draws))
+        W[i:stop].copy_(_rounded_(draws, x[i:stop]))
 
 
 def round_to_bfloat16(x: Tensor, noise: Tensor) -> Tensor:
     """float32 ``x`` to bfloat16: up in magnitude if its lower half plus the noise overflows, else down."""
-    rounded = (x.view(torch.int32) + noise.to(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
+    return _rounded_(noise.to(torch.int32, copy=True), x).to(torch.bfloat16)
+
+
+def _rounded_(noise: Tensor, x: Tensor) -> Tensor:
+    """The float32 that `round_to_bfloat16` makes bfloat16 of, in place of the noise."""
+    rounded = noise.add_(x.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
     # Infinity stays as it is. NaN might not: the clamped x is NaN where x is, and else less than anything.
-    return torch.maximum(rounded, x.clamp(max=-torch.inf)).to(torch.bfloat16)
+    return torch.maximum(rounded, x.clamp(max=-torch.inf), out=rounded)

@@ -1,6 +1,6 @@
 """Whitening of a gradient matrix: (G Gᵀ)^(-1/2) G, by Newton–Schulz iteration or exactly by SVD.
 
-Pure functions on batches of matrices, standing on torch alone. Both return the (approximate) polar factor U Vᵀ of
+Pure functions on batches of matrices. Both return the (approximate) polar factor U Vᵀ of
 ``G = U S Vᵀ``, whose singular values are 1 (or 0 where G has none); what scale it then takes is the caller's business.
 
 Legend: G gradient (m, n), m rows = output features, n columns = input features; A = G Gᵀ; k iterations; β step size.
@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from lightning_multinorm.scaling import largest_magnitude
 
 Orthogonalization = Literal["newton_schulz", "svd"]
 
@@ -43,7 +45,7 @@ def polar_newton_schulz(matrix: Tensor, *, k: int = 10, beta: float = 0.8, dtype
     products = dtype or working
     G = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
     *batch, m, n = G.shape
-    largest = _nonzero(torch.linalg.vector_norm(G, float("inf"), dim=(-2, -1), keepdim=True)).to(working)
+    largest = _nonzero(largest_magnitude(G, (-2, -1), keepdim=True)).to(working)
     X = torch.div(G, largest, out=torch.empty_like(G, dtype=products)).reshape(-1, m, n)  # keeps products in range
     A = _gram(X).to(working)
     scale = _nonzero(torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True))

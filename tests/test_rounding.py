@@ -56,7 +56,7 @@ def test_noise_is_the_hash_of_seed_matrix_and_entry() -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 5), (5, 8), (40, 1), (0, 5)], ids=str)
-@pytest.mark.parametrize("block", [1, 13, 2**14])
+@pytest.mark.parametrize("block", [1, 13, 2**15])
 def test_blocks_round_as_the_whole(shape: tuple[int, int], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "_BLOCK_CPU", block)
     x, W = torch.randn(shape), torch.zeros(shape, dtype=torch.bfloat16)

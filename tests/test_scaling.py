@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_multinorm.scaling import inverse_power_of_two, power_of_two, working_dtype
+from lightning_multinorm.scaling import inverse_power_of_two, largest_magnitude, power_of_two, working_dtype
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -66,3 +66,16 @@ def test_empty_matrix_gets_ones(shape: tuple[int, ...], dim: int | tuple[int, in
     power = power_of_two(torch.zeros(shape), dim)
     assert power.shape == torch.zeros(shape).sum(dim, keepdim=True).shape
     assert (power == 1).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dim", [-1, 0, (-2, -1)], ids=str)
+def test_largest_magnitude_is_that_of_the_norm(dtype: torch.dtype, dim: int | tuple[int, int]) -> None:
+    matrix = torch.randn(3, 7, 5).to(dtype)
+    matrix[0, 0, 0], matrix[1, 2, 3] = -9, float("inf")
+    for keepdim in (False, True):
+        expected = torch.linalg.vector_norm(matrix, float("inf"), dim=dim, keepdim=keepdim)
+        assert torch.equal(largest_magnitude(matrix, dim, keepdim=keepdim), expected)
+    matrix[2, 1, 1] = float("nan")
+    assert largest_magnitude(matrix[2], (-2, -1)).isnan()
+    assert torch.equal(largest_magnitude(matrix[:, :, :0], (-2, -1)), torch.zeros(3, dtype=dtype))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_multinorm.layouts import Groups, ShardedMatrix, all_reduce_
-from lightning_multinorm.scaling import inverse_power_of_two
+from lightning_multinorm.scaling import inverse_power_of_two, largest_magnitude
 from lightning_multinorm.sinkhorn import select
 from lightning_multinorm.sinkhorn.sharded import Job, alternated
 from lightning_multinorm.whitening import inverse_root
@@ -72,7 +72,6 @@ def _held(matrix: ShardedMatrix, like: Tensor) -> Tensor:
 
 def _row_norm(G: Tensor, n: int, groups: Groups) -> Tensor:
     """`norms.RowNorm.project` of rows whose n columns the groups share."""
-    largest = torch.linalg.vector_norm(G, float("inf"), dim=-1, keepdim=True) if G.numel() else G.sum(-1, keepdim=True)
-    X = G * inverse_power_of_two(all_reduce_(largest, groups, dist.ReduceOp.MAX))
+    X = G * inverse_power_of_two(all_reduce_(largest_magnitude(G, -1, keepdim=True), groups, dist.ReduceOp.MAX))
     norm = all_reduce_(X.square().sum(-1, keepdim=True), groups).sqrt()
     return X.mul_(torch.where(norm == 0, 0, n**0.5 / norm))

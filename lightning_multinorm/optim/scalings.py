@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_multinorm.layouts import Piece, ShardedMatrix, all_reduce_
-from lightning_multinorm.scaling import inverse_power_of_two, working_dtype
+from lightning_multinorm.scaling import inverse_power_of_two, largest_magnitude, working_dtype
 from lightning_multinorm.sinkhorn.eager import block_size
 
 Rows = Literal["kept", "powered", "balanced"]
@@ -91,7 +91,7 @@ def column_scaling(matrix: ShardedMatrix, r: Tensor) -> Tensor:
     for piece in matrix.pieces:
         _, columns = place(piece)
         for _, X in _scaled_blocks(piece, r):
-            largest[columns] = torch.maximum(largest[columns], torch.linalg.vector_norm(X, float("inf"), dim=0))
+            largest[columns] = torch.maximum(largest[columns], largest_magnitude(X, 0))
     b = inverse_power_of_two(all_reduce_(largest, matrix.column_groups, dist.ReduceOp.MAX))
     for piece in matrix.pieces:
         _, columns = place(piece)
@@ -130,7 +130,7 @@ def _row_norms(matrix: ShardedMatrix, like: Tensor) -> tuple[Tensor, Tensor, Ten
     for piece in matrix.pieces:
         rows, _ = place(piece)
         for block in row_blocks(piece.gradient):
-            found = torch.linalg.vector_norm(piece.gradient[block], float("inf"), dim=-1).to(largest.dtype)
+            found = largest_magnitude(piece.gradient[block], -1).to(largest.dtype)
             largest[rows][block] = torch.maximum(largest[rows][block], found)
     a = inverse_power_of_two(all_reduce_(largest, matrix.row_groups, dist.ReduceOp.MAX))
     for piece in matrix.pieces:

@@ -1,30 +1,31 @@
 """SR-Sinkhorn in factored form, in plain PyTorch: works on any device and dtype, allocates vectors and one block.
 
-The iterate is always ``diag(r) G diag(c)``. On the squares S = G∘G, with u = r∘r and v = c∘c, one iteration of
-arXiv:2502.06742, Algorithm 3 is the classic Sinkhorn–Knopp step for row sums n and column sums m,
+The iterate is always ``diag(r) G diag(c)``. With its squares X_ij = (r_i G_ij c_j)², one iteration of arXiv:2502.06742,
+Algorithm 3 for row sums n and column sums m is
 
-    u_i = n / (S v)_i ,    v_j = m / (Sᵀ u)_j ,
+    ρ = X 1 ,   r_i <- r_i √(n / ρ_i) ,   X_ij <- X_ij n / ρ_i ,   κ = Xᵀ 1 ,   c_j <- c_j √(m / κ_j) .
 
-so an iteration reads G once, and the update of the weight once more. G is read in blocks of rows; nothing the size of G
-is allocated unless G itself is smaller than a block.
+X is made of G one block of rows after another, so an iteration reads G once, and the update of the weight once more.
+Nothing the size of G is allocated unless G is smaller than a block; such matrices are stacked besides, which is a copy.
 
-Legend: G gradient (B, m, n), W weight; m rows = output features, n columns = input features; r, u (B, m); c, v (B, n);
-a (B, m), b (B, n) powers of two; L iterations.
+Legend: G gradient (B, m, n), W weight; m rows = output features, n columns = input features; r, a (B, m); c (B, n);
+a powers of two; L iterations.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_multinorm.rounding import store_rounded_
-from lightning_multinorm.scaling import inverse_power_of_two, working_dtype
+from lightning_multinorm.scaling import inverse_power_of_two, largest_magnitude, working_dtype
 from lightning_multinorm.sinkhorn.tracing import Tracing, weight_squares
 
-# Entries of one block: small enough to stay in a CPU's cache and to be no weight in memory, large enough to keep an
-# accelerator busy.
-_BLOCK_CPU, _BLOCK_ACCELERATOR = 2**17, 2**24
+# Entries of one block. On a CPU it stays in cache, and below 1 % of the smallest of the paper's models in bfloat16; an
+# accelerator needs more to be busy.
+_BLOCK_CPU, _BLOCK_ACCELERATOR = 3 * 2**15, 2**24
 
 
 def scalings(gradient: Tensor, iterations: int, *, trace: bool = False) -> tuple[Tensor, Tensor, Tracing | None]:
@@ -86,62 +87,75 @@ def block_size(tensor: Tensor) -> int:
     return _BLOCK_CPU if tensor.device.type == "cpu" else _BLOCK_ACCELERATOR
 
 
+def product(G: Tensor, scaling: Tensor, out: Tensor) -> Tensor:
+    """out <- G · scaling; another dtype's G is converted there first, for `torch.mul` would make a new tensor of it."""
+    return torch.mul(G, scaling, out=out) if G.dtype == out.dtype else out.copy_(G).mul_(scaling)
+
+
+class _Block(NamedTuple):
+    """Rows of G, their part of r, and the place of what is computed of them; views."""
+
+    G: Tensor
+    r: Tensor
+    place: Tensor
+
+
 def _alternate(G: Tensor, iterations: int, found: Tracing | None) -> tuple[Tensor, Tensor]:
     """r (B, m) and c (B, n) for G (B, m, n), whose matrices fit a block unless B = 1; fills residuals and rows.
 
-    Squares and products go into two buffers, since large new tensors cost more than the arithmetic; a single block is
-    squared once. The sums are sums, not matrix-vector products: a lowered matmul precision must not reach them.
+    All products go into one block of memory, since new tensors of that size cost more than the arithmetic. The sums are
+    sums, not matrix-vector products: a lowered matmul precision must not reach them.
     """
-    m, n = G.shape[-2:]
-    a, b = _equilibrate(G)
-    blocks = _row_blocks(G)
-    buffer, product = (a.new_empty(len(G), len(range(m)[blocks[0]]), n) for _ in range(2))
-    whole = _squares(G, a, b, buffer) if len(blocks) == 1 else None
-
-    def read() -> Iterator[tuple[slice, Tensor]]:
-        for rows in blocks:
-            yield rows, _squares(G[:, rows], a[:, rows], b, buffer) if whole is None else whole
-
-    u, residuals = torch.ones_like(a), None if found is None else found.residuals
-    v = b.square().reciprocal()  # the first row sums are those of G itself, not of diag(a) G diag(b)
+    batch, m, n = G.shape
+    rows = _row_blocks(G)
+    r = G.new_empty(batch, m, dtype=working_dtype(G))
+    space = r.new_empty(batch, rows[0].stop, n)
+    blocks = [_Block(G[:, part], r[:, part], space[:, : part.stop - part.start]) for part in rows]
+    c = _first_rows(blocks, r.new_zeros(batch, n))
+    residuals = None if found is None else found.residuals
+    if found is not None:
+        found.rows.copy_(r)
     for iteration in range(iterations):
-        column_sums = torch.zeros_like(b)
-        for rows, S in read():
-            row_sums = torch.mul(S, v.unsqueeze(-2), out=product[:, : S.shape[1]]).sum(-1)
-            if residuals is not None and iteration > 0:
-                residuals[:, iteration - 1, 0] += _squared_error(row_sums * u[:, rows], n)
-            u[:, rows] = _quotient(n, row_sums)
-            column_sums += torch.mul(S, u[:, rows, None], out=product[:, : S.shape[1]]).sum(-2)
-        v = _quotient(m, column_sums)
-        if found is not None and iteration == 0:
-            found.rows.copy_(_finite(a * u.sqrt()))
+        column_sums = torch.zeros_like(c)
+        for block in blocks:
+            X = _squares(block, c)
+            if iteration > 0:
+                row_sums = X.sum(-1)
+                if residuals is not None:
+                    residuals[:, iteration - 1, 0] += _squared_error(row_sums, n)
+                change = _quotient(n, row_sums)
+                _multiply_(block.r, change.sqrt())
+                X.mul_(change.unsqueeze(-1))
+            column_sums += X.sum(-2)
+        change = _quotient(m, column_sums)
+        _multiply_(c, change.sqrt())
         if residuals is not None:
-            residuals[:, iteration, 1] = _squared_error(column_sums * v, m)
+            residuals[:, iteration, 1] = _squared_error(column_sums * change, m)
     if residuals is not None:
-        for rows, S in read():
-            residuals[:, -1, 0] += _squared_error(
-                torch.mul(S, v.unsqueeze(-2), out=product[:, : S.shape[1]]).sum(-1) * u[:, rows], n
-            )
+        for block in blocks:
+            residuals[:, -1, 0] += _squared_error(_squares(block, c).sum(-1), n)
         residuals[..., 0].div_(m)
         residuals[..., 1].div_(n)
         residuals.sqrt_()
-    return _finite(a * u.sqrt()), _finite(b * v.sqrt())
+    return r, c
 
 
-def _equilibrate(G: Tensor) -> tuple[Tensor, Tensor]:
-    """Powers of two a, b: every row, then every column, of diag(a) G diag(b) gets its largest entry into [1/2, 1).
+def _first_rows(blocks: Sequence[_Block], c: Tensor) -> Tensor:
+    """Fill in the r that normalises the rows of G, and return a c to begin with, powers of two; it comes as zeros.
 
-    Then squares do not overflow, and underflow only where an entry is lost beside the largest of its row or column.
+    Every row, then every column, gets its largest entry into [1/2, 1) first. Then squares do not overflow, and
+    underflow only where an entry is lost beside the largest of its row or column.
     """
-    blocks = _row_blocks(G)
-    dtype = working_dtype(G)
-    a = inverse_power_of_two(torch.cat([_largest(G[:, rows], -1) for rows in blocks], dim=1).to(dtype))
-    largest = torch.zeros(len(G), G.shape[-1], dtype=dtype, device=G.device)
-    buffer = a.new_empty(len(G), len(range(G.shape[1])[blocks[0]]), G.shape[-1])
-    for rows in blocks:
-        scaled = _product(G[:, rows], a[:, rows, None], buffer[:, : len(range(G.shape[1])[rows])])
-        largest = torch.maximum(largest, _largest(scaled, -2))
-    return a, inverse_power_of_two(largest)
+    for G, r, place in blocks:
+        a = inverse_power_of_two(largest_magnitude(place.copy_(G), -1))
+        torch.maximum(c, largest_magnitude(place.mul_(a.unsqueeze(-1)), -2), out=c)
+        _multiply_(r.copy_(a), _quotient(place.shape[-1], place.square_().sum(-1)).sqrt())
+    return inverse_power_of_two(c)
+
+
+def _squares(block: _Block, c: Tensor) -> Tensor:
+    """X of a block: the squares of diag(r) G diag(c)."""
+    return product(block.G, block.r.unsqueeze(-1), block.place).mul_(c.unsqueeze(-2)).square_()
 
 
 def _apply_(
@@ -159,12 +173,13 @@ def _apply_(
         for k, (W_k, G_k, r_k, c_k) in enumerate(zip(W, G, r, c, strict=True)):
             _apply_(W_k, G_k, r_k, c_k, lr, weight_decay, seed, number + k * W_k.shape[:-2].numel())
         return
-    blocks = [slice(None)] if W.ndim > 2 else _row_blocks(G.unsqueeze(0), 1 if seed is None else 2)  # room for noise
+    parts = 1 if W.dtype == r.dtype else 4  # the step, W in its precision, and twice that for noise
+    blocks = [slice(None)] if W.ndim > 2 else _row_blocks(G.unsqueeze(0), parts)
     buffer = r.new_empty(G[..., blocks[0], :].shape) if blocks else None
     for rows in blocks:
         W_rows, G_rows = W[..., rows, :], G[..., rows, :]
         assert buffer is not None
-        step = _product(G_rows, r[..., rows, None] * lr, buffer[..., : G_rows.shape[-2], :])
+        step = product(G_rows, r[..., rows, None] * lr, buffer[..., : G_rows.shape[-2], :])
         step.mul_(c.unsqueeze(-2))
         if W.dtype == r.dtype:
             if weight_decay:
@@ -186,26 +201,16 @@ def _row_blocks(G: Tensor, parts: int = 1) -> list[slice]:
     return [slice(i, min(i + rows, m)) for i in range(0, m, rows)]
 
 
-def _squares(G: Tensor, a: Tensor, b: Tensor, buffer: Tensor) -> Tensor:
-    return _product(G, a.unsqueeze(-1), buffer[:, : G.shape[1]]).mul_(b.unsqueeze(-2)).square_()
-
-
-def _product(G: Tensor, scaling: Tensor, out: Tensor) -> Tensor:
-    """out <- G · scaling; another dtype's G is converted there first, for `torch.mul` would make a new tensor of it."""
-    return torch.mul(G, scaling, out=out) if G.dtype == out.dtype else out.copy_(G).mul_(scaling)
-
-
-def _largest(G: Tensor, dim: int) -> Tensor:
-    return torch.linalg.vector_norm(G, float("inf"), dim=dim) if G.numel() else G.sum(dim)
-
-
 def _quotient(numerator: int, sums: Tensor) -> Tensor:
     """numerator / sums, 0 where the sum is 0, and finite, so that a diverging pair of scalings never makes inf · 0."""
-    return torch.where(sums == 0, 0, _finite(numerator / _finite(sums)))
+    limits = torch.finfo(sums.dtype)
+    smallest = max(2 * numerator / limits.max, limits.tiny)  # whose quotient is finite, however it is rounded
+    return torch.div(numerator, sums.clamp(smallest, limits.max)).mul_(sums.sign())
 
 
-def _finite(x: Tensor) -> Tensor:
-    return x.clamp(max=torch.finfo(x.dtype).max)
+def _multiply_(scaling: Tensor, change: Tensor) -> None:
+    """scaling <- scaling · change, kept finite likewise."""
+    scaling.mul_(change).clamp_(max=torch.finfo(scaling.dtype).max)
 
 
 def _squared_error(squared_norms: Tensor, target: int) -> Tensor:

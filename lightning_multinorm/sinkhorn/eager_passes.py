@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_multinorm.sinkhorn.eager import apply_part_, block_size
+from lightning_multinorm.scaling import largest_magnitude
+from lightning_multinorm.sinkhorn.eager import apply_part_, block_size, product
 from lightning_multinorm.sinkhorn.sharded import LIFT, Part
 
 
@@ -13,8 +14,7 @@ def take_largest(parts: Sequence[Part]) -> None:
     """See `sharded.Passes`."""
     for part in parts:
         for rows in _blocks(part.gradient):
-            largest = torch.linalg.vector_norm(part.gradient[rows], float("inf"), dim=-1)
-            part.R[rows] = torch.maximum(part.R[rows], largest.to(part.R.dtype))
+            part.R[rows] = torch.maximum(part.R[rows], largest_magnitude(part.gradient[rows], -1).to(part.R.dtype))
 
 
 def add_row_sums(parts: Sequence[Part]) -> None:
@@ -50,7 +50,7 @@ def _products(part: Part) -> Iterator[tuple[slice, Tensor]]:
     for rows in _blocks(part.gradient):
         G = part.gradient[rows]
         buffer = torch.empty(G.shape, dtype=part.r.dtype, device=G.device) if buffer is None else buffer[: len(G)]
-        yield rows, torch.mul(G, part.r[rows].unsqueeze(-1), out=buffer).mul_(part.c)
+        yield rows, product(G, part.r[rows].unsqueeze(-1), buffer).mul_(part.c)
 
 
 def _blocks(G: Tensor) -> Iterator[slice]:
