@@ -13,7 +13,7 @@ def describe() -> dict[str, Any]:
     """Processor, cores, accelerator and versions, for the head of a results file."""
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": _processor(),
+        "processor": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
