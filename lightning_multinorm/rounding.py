@@ -44,7 +44,7 @@ def noise(seed: int | Tensor, matrix: int, rows: slice, columns: int, device: to
         own = torch.tensor(key(int(seed), matrix))
     else:
         own = key(torch.as_tensor(seed, dtype=torch.int64, device=device), matrix)
-    first = (rows.start * columns + 2**31) % 2**32 - 2**31
+    first = (rows.start * columns + 2**31) % 2**32 - 2**31  # the low 32 bits, as int32 has them
     x = torch.arange((rows.stop - rows.start) * columns, dtype=torch.int32, device=device).view(-1, columns)
     x += first
     x ^= own.to(torch.int32)

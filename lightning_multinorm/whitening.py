@@ -1,7 +1,7 @@
 """Whitening of a gradient matrix: (G Gᵀ)^(-1/2) G, by Newton–Schulz iteration or exactly by SVD.
 
-Pure functions on batches of matrices. Both return the (approximate) polar factor U Vᵀ of
-``G = U S Vᵀ``, whose singular values are 1 (or 0 where G has none); what scale it then takes is the caller's business.
+Pure functions on batches of matrices. Both return the (approximate) polar factor U Vᵀ of ``G = U S Vᵀ``, whose singular
+values are 1 (or 0 where G has none); what scale it then takes is the caller's business.
 
 Legend: G gradient (m, n), m rows = output features, n columns = input features; A = G Gᵀ; k iterations; β step size.
 """

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_multinorm.layouts import Piece, ShardedMatrix, all_reduce_
 from lightning_multinorm.scaling import inverse_power_of_two, largest_magnitude, working_dtype
-from lightning_multinorm.sinkhorn.eager import block_size
+from lightning_multinorm.sinkhorn.eager import block_size, product
 
 Rows = Literal["kept", "powered", "balanced"]
 """What becomes of a row's norm N. kept: N. powered: N^`EXPONENT`. balanced: x / √(1 + (x / K)²) with x = N / √(1 + E).
@@ -108,7 +108,7 @@ def _scaled_blocks(piece: Piece, scaling: Tensor) -> Iterator[tuple[slice, Tenso
     for block in row_blocks(piece.gradient):
         G = piece.gradient[block]
         buffer = scaling.new_empty(G.shape) if buffer is None else buffer[: len(G)]
-        yield block, torch.mul(G, scaling[rows][block].unsqueeze(-1), out=buffer)
+        yield block, product(G, scaling[rows][block].unsqueeze(-1), buffer)
 
 
 def row_blocks(G: Tensor) -> Iterator[slice]:

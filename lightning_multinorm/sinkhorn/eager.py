@@ -93,7 +93,7 @@ def product(G: Tensor, scaling: Tensor, out: Tensor) -> Tensor:
 
 
 class _Block(NamedTuple):
-    """Rows of G, their part of r, and the place of what is computed of them; views."""
+    """Rows of G (B, k, n), their part of r (B, k), and where X is computed of them (B, k, n); views."""
 
     G: Tensor
     r: Tensor
@@ -141,7 +141,7 @@ def _alternate(G: Tensor, iterations: int, found: Tracing | None) -> tuple[Tenso
 
 
 def _first_rows(blocks: Sequence[_Block], c: Tensor) -> Tensor:
-    """Fill in the r that normalises the rows of G, and return a c to begin with, powers of two; it comes as zeros.
+    """Fill in the r that normalises the rows of G; from c (B, n) of zeros, return one of powers of two to begin with.
 
     Every row, then every column, gets its largest entry into [1/2, 1) first. Then squares do not overflow, and
     underflow only where an entry is lost beside the largest of its row or column.
@@ -169,7 +169,7 @@ def _apply_(
     number: int,
 ) -> None:
     """W <- (1 - lr · weight_decay) W - lr · (r G) c, by blocks; W and G (..., m, n), the first the number-th matrix."""
-    if W.ndim > 2 and (seed is not None or W.numel() > block_size(W)):
+    if W.ndim > 2 and (W.dtype != r.dtype or W.numel() > block_size(W)):
         for k, (W_k, G_k, r_k, c_k) in enumerate(zip(W, G, r, c, strict=True)):
             _apply_(W_k, G_k, r_k, c_k, lr, weight_decay, seed, number + k * W_k.shape[:-2].numel())
         return

@@ -55,7 +55,7 @@ def test_norm_is_that_of_an_svd_and_direction_is_sinkhorns(kind: str, shape: tup
 
 @pytest.mark.parametrize("shape", [(2, 7), (7, 2), (3, 40), (4, 5), (1, 6)])
 def test_norm_is_exact_where_directions_are_fewer_than_steps(shape: tuple[int, int]) -> None:
-    """What rounding leaves of a direction is not followed: it would find the same values again, almost."""
+    """Rounding makes almost copies of eigenvalues, and they must not be averaged; no start may miss the largest."""
     for _ in range(40):
         assert abs(_norm(_update(_GRADIENTS["uneven"](*shape), kernel="eager")) - 1) < 2e-6
 

@@ -1,5 +1,6 @@
 """The factored form: scalings, residuals, the fused update, and that reading by blocks of rows changes nothing."""
 
+import math
 from functools import partial
 
 import pytest
@@ -165,9 +166,13 @@ def test_blocks_change_no_bit_of_stochastic_rounding(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("dtypes", _DTYPES[:4], ids=str)
 @pytest.mark.parametrize("seed", [None, 3], ids=["nearest", "stochastic"])
-def test_an_update_allocates_one_block_and_vectors(dtypes: tuple[torch.dtype, torch.dtype], seed: int | None) -> None:
-    W, G = torch.zeros(700, 600, dtype=dtypes[0]), torch.randn(700, 600).to(dtypes[1])
-    block, vectors = eager.block_size(G) * working_dtype(G).itemsize, 16 * (700 + 600) * 4
+@pytest.mark.parametrize("shape", [(700, 600), (40, 60, 40)], ids=["blocks of a matrix", "matrices of a block"])
+def test_an_update_allocates_one_block_and_vectors(
+    dtypes: tuple[torch.dtype, torch.dtype], seed: int | None, shape: tuple[int, ...]
+) -> None:
+    W, G = torch.zeros(shape, dtype=dtypes[0]), torch.randn(shape).to(dtypes[1])
+    *batch, m, n = shape
+    block, vectors = eager.block_size(G) * working_dtype(G).itemsize, 16 * math.prod(batch) * (m + n) * 4
     assert peak_allocated(lambda: update_([W], [G], lr=0.1, seed=seed)) <= block + vectors
 
 
