@@ -6,12 +6,9 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
 
-LANES, BLOCK = 16, 64  # elements of a vector, which is a cache line in float32, and of what a loop takes at a time
-_I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_FUSED = ("contract",)
-_EXPONENT, _QUIET_NAN = _I32(0x7F800000), _I32(0x7FC0)
+_I8, _I16, _I32, _FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+_EXPONENT, _QUIET_NAN = 0x7F800000, 0x7FC00000
 
 
 @intrinsic
@@ -40,62 +37,17 @@ def prefetch(typingctx: Any, address: Any) -> Any:
     """Have the cache line at ``address`` brought into the second-level cache; any address will do, nothing is read."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _prefetch(builder, builder.inttoptr(arguments[0], _I8.as_pointer()))
+        prefetch_at(builder, builder.inttoptr(arguments[0], _I8.as_pointer()))
         return context.get_dummy_value()
 
     return types.none(types.intp), codegen
 
 
-@intrinsic
-def update_ahead(typingctx: Any, w: Any, g: Any, r: Any, c: Any, keep: Any, blocks: Any, ahead: Any) -> Any:
-    """w_j <- keep w_j - (r g_j) c_j for so many blocks of `BLOCK` elements; asks for each line ``ahead`` bytes early.
-
-    g in float32, or bfloat16 as 16-bit words. In vectors, since LLVM makes none of a loop that prefetches.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        own = [make_array(signature.args[k])(context, builder, arguments[k]).data for k in (0, 1, 3)]
-        r, keep = _filled(builder, arguments[2]), _filled(builder, arguments[4])
-        with cgutils.for_range(builder, arguments[5]) as loop:
-            for first in range(0, BLOCK, LANES):
-                element = builder.add(builder.mul(loop.index, _I64(BLOCK)), _I64(first))
-                W, G, C = (builder.gep(data, [element]) for data in own)
-                _prefetch(builder, builder.gep(builder.bitcast(W, _I8.as_pointer()), [arguments[6]]))
-                w, g, c = (_vector(builder, where) for where in (W, G, C))
-                step = builder.fmul(builder.fmul(g, r), c)
-                moved = builder.fsub(builder.fmul(w, keep, flags=_FUSED), step, flags=_FUSED)
-                builder.store(moved, builder.bitcast(W, moved.type.as_pointer()), align=4)
-        return context.get_dummy_value()
-
-    return types.none(w, g, types.float32, c, types.float32, types.intp, types.intp), codegen
-
-
-def _prefetch(builder: Any, where: Any) -> None:
+def prefetch_at(builder: Any, where: Any) -> None:
+    """The code of `prefetch`, for a pointer to bytes."""
     kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
     builder.call(function, [where, _I32(0), _I32(2), _I32(1)])  # to be read, used twice or so, data
-
-
-def _vector(builder: Any, where: Any) -> Any:
-    """The vector of floats, or of words widened to floats, at ``where``."""
-    element = where.type.pointee
-    kind = ir.VectorType(element, LANES).as_pointer()
-    x = builder.load(builder.bitcast(where, kind), align=4 if element == ir.FloatType() else 2)
-    return x if element == ir.FloatType() else _widened(builder, x)
-
-
-def _widened(builder: Any, words: Any) -> Any:
-    """Of bfloat16 in the vector's words, the float32."""
-    bits = builder.zext(words, ir.VectorType(_I32, LANES))
-    upper = builder.shl(bits, ir.Constant(bits.type, [16] * LANES))
-    return builder.bitcast(upper, ir.VectorType(ir.FloatType(), LANES))
-
-
-def _filled(builder: Any, x: Any) -> Any:
-    """A vector of x."""
-    none = ir.Constant(ir.VectorType(x.type, LANES), ir.Undefined)
-    first = builder.insert_element(none, x, _I32(0))
-    return builder.shuffle_vector(first, none, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
 
 
 @intrinsic
@@ -137,6 +89,16 @@ def widen(typingctx: Any, x: Any) -> Any:
 
 
 @intrinsic
+def narrow(typingctx: Any, x: Any, like: Any) -> Any:
+    """x as it is, or as a 16-bit word that holds it in bfloat16, rounded to nearest: whichever ``like`` is."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return arguments[0] if like == types.float32 else _upper_half(builder, rounded(builder, arguments[0]))
+
+    return like(types.float32, like), codegen
+
+
+@intrinsic
 def float_of_half(typingctx: Any, word: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
@@ -157,9 +119,7 @@ def bfloat16_of_float(typingctx: Any, x: Any) -> Any:
     """Rounded to nearest, ties to even."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bits = builder.bitcast(arguments[0], _I32)
-        odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
-        return _cut_off(builder, arguments[0], bits, builder.add(odd, _I32(0x7FFF)))
+        return _upper_half(builder, rounded(builder, arguments[0]))
 
     return types.uint16(types.float32), codegen
 
@@ -171,22 +131,41 @@ def bfloat16_of_float_stochastic(typingctx: Any, x: Any, key: Any, first: Any, j
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, key, first, j = arguments
         entry = builder.trunc(builder.add(first, j), _I32)
-        noise = _lowbias32(builder, builder.xor(entry, key))
-        return _cut_off(builder, x, builder.bitcast(x, _I32), builder.lshr(noise, _I32(16)))
+        return _upper_half(builder, rounded(builder, x, builder.xor(entry, key)))
 
     return types.uint16(types.float32, types.uint32, types.int64, types.int64), codegen
 
 
-def _cut_off(builder: Any, x: Any, bits: Any, up: Any) -> Any:
-    """The upper half of bits + up; infinity is left alone, and a NaN does not turn into it."""
-    finite = builder.icmp_unsigned("!=", builder.and_(bits, _EXPONENT), _EXPONENT)
-    word = builder.lshr(builder.select(finite, builder.add(bits, up), bits), _I32(16))
-    return builder.trunc(builder.select(builder.fcmp_unordered("uno", x, x), _QUIET_NAN, word), _I16)
+def _upper_half(builder: Any, bits: Any) -> Any:
+    return builder.trunc(builder.lshr(bits, _I32(16)), _I16)
+
+
+def rounded(builder: Any, x: Any, noise: Any = None) -> Any:
+    """The bits of x, a float or a vector of them, whose upper halves are x in bfloat16; what the lower are is open.
+
+    To nearest, ties to even, or stochastically by ``noise``, entries' numbers xor the key. Infinity is left alone, and
+    a NaN does not turn into it.
+    """
+    kind = ir.VectorType(_I32, x.type.count) if isinstance(x.type, ir.VectorType) else _I32
+    exponent, sixteen = constant(kind, _EXPONENT), constant(kind, 16)
+    bits = builder.bitcast(x, kind)
+    if noise is None:
+        odd = builder.and_(builder.lshr(bits, sixteen), constant(kind, 1))
+        up = builder.add(odd, constant(kind, 0x7FFF))
+    else:
+        up = builder.lshr(_lowbias32(builder, noise), sixteen)
+    finite = builder.icmp_unsigned("!=", builder.and_(bits, exponent), exponent)
+    bits = builder.select(finite, builder.add(bits, up), bits)
+    return builder.select(builder.fcmp_unordered("uno", x, x), constant(kind, _QUIET_NAN), bits)
 
 
 def _lowbias32(builder: Any, x: Any) -> Any:
-    x = builder.xor(x, builder.lshr(x, _I32(16)))
-    x = builder.mul(x, _I32(0x7FEB352D))
-    x = builder.xor(x, builder.lshr(x, _I32(15)))
-    x = builder.mul(x, _I32(0x846CA68B))
-    return builder.xor(x, builder.lshr(x, _I32(16)))
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = builder.xor(x, builder.lshr(x, constant(x.type, shift)))
+        x = builder.mul(x, constant(x.type, factor))
+    return builder.xor(x, builder.lshr(x, constant(x.type, 16)))
+
+
+def constant(kind: Any, value: float) -> Any:
+    """``value``, or a vector of it."""
+    return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)

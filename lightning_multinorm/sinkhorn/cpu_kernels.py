@@ -9,7 +9,7 @@ that bring every row's and column's largest entry near 1. Powers of two change n
 last bit wherever both are in range, and ordinary gradients pay nothing.
 
 All in one file, longer than others: Numba's cache of machine code looks at the file of a function alone, and would not
-notice a change in another. After a change in `cpu_intrinsics`, touch this one.
+notice a change in another. After a change in `cpu_intrinsics` or `cpu_vectors`, touch this one.
 
 Legend: G gradient (m, n), W weight; m rows = output features, n columns = input features; r (m), c (n) scalings;
 a (m), b (n) powers of two; q (m) RMS of the rows of G diag(c), so r = 1 / q; i rows, j columns.
@@ -23,10 +23,8 @@ import numba
 import numpy as np
 from numba import carray
 
-from lightning_multinorm.sinkhorn import tracing
+from lightning_multinorm.sinkhorn import cpu_vectors, tracing
 from lightning_multinorm.sinkhorn.cpu_intrinsics import (
-    BLOCK,
-    LANES,
     add,
     bfloat16_of_float,
     bfloat16_of_float_stochastic,
@@ -34,12 +32,13 @@ from lightning_multinorm.sinkhorn.cpu_intrinsics import (
     float_of_bits,
     float_of_half,
     half_of_float,
+    narrow,
     pointer,
     prefetch,
     take,
-    update_ahead,
     widen,
 )
+from lightning_multinorm.sinkhorn.cpu_vectors import BLOCK, WIDTH
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 PANEL = 256  # rows whose column sums are added up before they join the total: fewer roundings, and a unit of work
@@ -47,9 +46,11 @@ PANEL = 256  # rows whose column sums are added up before they join the total: f
 SUMS, _TAIL = len(tracing.SUMS), tracing.TAIL
 _LARGEST = np.float32(np.finfo(np.float32).max)
 _TRUSTED_LOW, _TRUSTED_HIGH = np.float32(2.0**-40), np.float32(2.0**40)  # of a root mean square
-_PAGE, _LINES = 4096, 16
+_PAGE, _LINES, _LANES = 4096, 16, 16  # bytes; cache lines; floats of one
+_SPAN = 2**21  # bytes of rows that are read a first time before the first of them is read again
 _ONE, _ZERO = np.float32(1), np.float32(0)
-_ZEROS, _STAGE, BUFFER = 4, 5, 6  # a buffer's rows: four that are worked on, one of zeros, one to convert in
+# A buffer's rows: two times four that are worked on, one of zeros, one to convert in, and c and sums for words.
+_ZEROS, _STAGE, _SPLIT, _SUMS, BUFFER = 8, 9, 10, 11, 12
 
 
 def jit(function: Any, **options: Any) -> Any:
@@ -120,28 +121,49 @@ def _store(x: Any, address: int, kind: int, stride: int, n: int, stochastic: boo
 
 
 @inlined
-def _four_rows(x0: Any, x1: Any, x2: Any, x3: Any, c: Any, q: Any, i: int, sums: Any) -> None:
-    """q[i : i + 4] <- RMS of four rows of G diag(c), of G itself if c is None; sums[j] += their (r_i G_ij)².
-
-    Each row is read in one run, which suits the prefetcher; the column sums then find all four in the first-level
-    cache.
-    """
-    n = len(x0)
-    q[i], q[i + 1] = _rms(_sum_of_squares(x0, c), n), _rms(_sum_of_squares(x1, c), n)
-    q[i + 2], q[i + 3] = _rms(_sum_of_squares(x2, c), n), _rms(_sum_of_squares(x3, c), n)
-    r0, r1, r2, r3 = _inverse(q[i]), _inverse(q[i + 1]), _inverse(q[i + 2]), _inverse(q[i + 3])
-    for j in range(n):
-        y0, y1, y2, y3 = widen(x0[j]) * r0, widen(x1[j]) * r1, widen(x2[j]) * r2, widen(x3[j]) * r3
-        sums[j] = (((sums[j] + y0 * y0) + y1 * y1) + y2 * y2) + y3 * y3
+def _four_rows(x: Any, c: Any, y: Any, r: Any, sums: Any) -> Any:
+    """`cpu_vectors.four_rows`, with what remains of a row after the last whole block."""
+    n = len(sums)
+    s0, s1, s2, s3 = cpu_vectors.four_rows(x, c, y, r, sums, n // BLOCK)
+    for j in range(n // BLOCK * BLOCK, n):
+        if x is not None:
+            z0, z1, z2, z3 = widen(x[0][j]), widen(x[1][j]), widen(x[2][j]), widen(x[3][j])
+            if c is not None:
+                z0, z1, z2, z3 = z0 * c[j], z1 * c[j], z2 * c[j], z3 * c[j]
+            s0, s1, s2, s3 = s0 + z0 * z0, s1 + z1 * z1, s2 + z2 * z2, s3 + z3 * z3
+        if y is not None:
+            z0, z1, z2, z3 = widen(y[0][j]) * r[0], widen(y[1][j]) * r[1], widen(y[2][j]) * r[2], widen(y[3][j]) * r[3]
+            sums[j] = (((sums[j] + z0 * z0) + z1 * z1) + z2 * z2) + z3 * z3
+    return s0, s1, s2, s3
 
 
 @inlined
-def _sum_of_squares(x: Any, c: Any) -> Any:
+def _split(x: Any, out: Any) -> None:
+    """out <- x in the order of `cpu_vectors`: even columns, then odd ones, of every block."""
+    n = len(x)
+    for j in range(0, n // BLOCK * BLOCK, BLOCK):
+        for k in range(WIDTH):
+            out[j + k], out[j + WIDTH + k] = x[j + 2 * k], x[j + 2 * k + 1]
+    for j in range(n // BLOCK * BLOCK, n):
+        out[j] = x[j]
+
+
+@inlined
+def _join(x: Any, out: Any) -> None:
+    """The way back of `_split`."""
+    n = len(x)
+    for j in range(0, n // BLOCK * BLOCK, BLOCK):
+        for k in range(WIDTH):
+            out[j + 2 * k], out[j + 2 * k + 1] = x[j + k], x[j + WIDTH + k]
+    for j in range(n // BLOCK * BLOCK, n):
+        out[j] = x[j]
+
+
+@inlined
+def _sum_of_squares(x: Any) -> Any:
     s = _ZERO
-    if c is None:  # the first time that G is read, so it comes from memory
-        _ask_ahead(x.ctypes.data)
     for j in range(len(x)):
-        y = widen(x[j]) if c is None else widen(x[j]) * c[j]
+        y = widen(x[j])
         s = add(s, y * y)
     return s
 
@@ -174,33 +196,104 @@ def read_rows(
 ) -> None:  # fmt: skip
     """q[i0:i1] <- RMS of the rows i0..i1 of G diag(c); sums <- their column sums of (r_i G_ij)².
 
-    ``c`` None is all ones, in machine code of its own that saves a multiplication. ``row`` and ``column`` are G's
-    strides; with ``scaled``, diag(a) G diag(b) takes the place of G. Rows beyond i1 are zeros, so q needs room for
-    three more. Bfloat16 is read as it is, and put back into bfloat16 when scaled, which is exact: one loop, and so one
-    order of summation, for both.
+    ``c`` None is all ones, the first time that G is read. ``row`` and ``column`` are G's strides; with ``scaled``,
+    diag(a) G diag(b) takes the place of G. Rows beyond i1 are zeros, so q needs room for three more. Bfloat16 is read
+    as it is, and put back into bfloat16 when scaled, which is exact: one loop, and so one order of summation, for both.
     """
-    for j in range(n):
-        sums[j] = _ZERO
-    rows = buffer.ctypes.data
-    size = 4 if kind == FLOAT32 else 2
     direct = column == 1 and kind != FLOAT16 and not scaled
-    p = np.empty(4, np.int64)
-    for i in range(i0, i1, 4):
+    if kind == BFLOAT16:
+        own, scaling = buffer[_SUMS], buffer[_SPLIT]
+        own[:] = _ZERO
+        if c is None and direct:
+            _read_first(G, kind, row, i0, i1, q, own, buffer)
+        elif c is None:
+            _read_again(G, kind, row, column, direct, i0, i1, a, b, scaled, None, q, own, buffer)
+        else:
+            _split(c, scaling)
+            _read_again(G, kind, row, column, direct, i0, i1, a, b, scaled, scaling, q, own, buffer)
+        _join(own, sums)
+    else:
+        sums[:] = _ZERO
+        if c is None and direct:
+            _read_first(G, kind, row, i0, i1, q, sums, buffer)
+        else:
+            _read_again(G, kind, row, column, direct, i0, i1, a, b, scaled, c, q, sums, buffer)
+
+
+@jit
+def _read_first(G: int, kind: int, row: int, i0: int, i1: int, q: Any, sums: Any, buffer: Any) -> None:
+    """Some rows' sums while they come from memory, and only then their columns'.
+
+    A row would still be in the nearest cache right after its sum. But of the lines that the last-level cache was given
+    and not asked for again, many are gone by the next iteration: up to a tenth of a step is lost that way.
+    """
+    n, size, none = len(sums), 4 if kind == FLOAT32 else 2, (_ZERO, _ZERO, _ZERO, _ZERO)
+    p, last = np.empty(4, np.int64), buffer.ctypes.data + _ZEROS * n * 4
+    count = max(1, _SPAN // (4 * row * size)) * 4
+    for start in range(i0, i1, count):
+        stop = min(start + count, i1)
+        for columns in (False, True):
+            for i in range(start, stop, 4):
+                for k in range(4):
+                    p[k] = G + (i + k) * row * size if i + k < i1 else last
+                if columns:
+                    r = (_inverse(q[i]), _inverse(q[i + 1]), _inverse(q[i + 2]), _inverse(q[i + 3]))
+                    if kind == BFLOAT16:
+                        _four_rows(None, None, _four_words(p, 0, n), r, sums)
+                    else:
+                        _four_rows(None, None, _four_floats(p, 0, n), r, sums)
+                else:
+                    if kind == BFLOAT16:
+                        s = _four_rows(_four_words(p, 0, n), None, None, none, sums)
+                    else:
+                        s = _four_rows(_four_floats(p, 0, n), None, None, none, sums)
+                    q[i], q[i + 1], q[i + 2], q[i + 3] = _rms(s[0], n), _rms(s[1], n), _rms(s[2], n), _rms(s[3], n)
+
+
+@jit
+def _read_again(
+    G: int, kind: int, row: int, column: int, direct: bool, i0: int, i1: int,
+    a: Any, b: Any, scaled: bool, c: Any, q: Any, sums: Any, buffer: Any,
+) -> None:  # fmt: skip
+    """The sums of four rows together with the columns of the four before, which lie in the nearest cache.
+
+    In one loop, so that the next rows arrive while there is much to compute. It begins and ends with rows of zeros.
+    """
+    n, size, rows = len(sums), 4 if kind == FLOAT32 else 2, buffer.ctypes.data
+    p, r, half = np.empty(8, np.int64), (_ZERO, _ZERO, _ZERO, _ZERO), 0
+    p[4:] = rows + _ZEROS * n * 4
+    for i in range(i0, i1 + 4, 4):
         for k in range(4):
             if i + k >= i1:
                 p[k] = rows + _ZEROS * n * 4
             elif direct:
                 p[k] = G + (i + k) * row * size
             else:
-                p[k] = rows + k * n * 4
+                p[k] = rows + (half + k) * n * 4
                 load(G + (i + k) * row * size, kind, column, n, buffer[_STAGE])
                 if scaled:
                     _scale(buffer[_STAGE], a[i + k], b, n)
                 _store(buffer[_STAGE], p[k], BFLOAT16 if kind == BFLOAT16 else FLOAT32, 1, n, False, np.uint32(0), 0)
+        half = 4 - half
         if kind == BFLOAT16:
-            _four_rows(_words(p[0], n), _words(p[1], n), _words(p[2], n), _words(p[3], n), c, q, i, sums)
+            s = _four_rows(_four_words(p, 0, n), c, _four_words(p, 4, n), r, sums)
         else:
-            _four_rows(_floats(p[0], n), _floats(p[1], n), _floats(p[2], n), _floats(p[3], n), c, q, i, sums)
+            s = _four_rows(_four_floats(p, 0, n), c, _four_floats(p, 4, n), r, sums)
+        if i < i1:
+            q[i], q[i + 1], q[i + 2], q[i + 3] = _rms(s[0], n), _rms(s[1], n), _rms(s[2], n), _rms(s[3], n)
+            r = (_inverse(q[i]), _inverse(q[i + 1]), _inverse(q[i + 2]), _inverse(q[i + 3]))
+            for k in range(4):
+                p[4 + k] = p[k]
+
+
+@inlined
+def _four_floats(p: Any, first: int, n: int) -> Any:
+    return (_floats(p[first], n), _floats(p[first + 1], n), _floats(p[first + 2], n), _floats(p[first + 3], n))
+
+
+@inlined
+def _four_words(p: Any, first: int, n: int) -> Any:
+    return (_words(p[first], n), _words(p[first + 1], n), _words(p[first + 2], n), _words(p[first + 3], n))
 
 
 @jit
@@ -432,31 +525,44 @@ def update(
     i0: int, i1: int, n: int, r: Any, c: Any, lr: Any, keep: Any, stochastic: bool, key: int, weigh: bool, buffer: Any,
 ) -> float:  # fmt: skip
     """Rows i0..i1 of W <- keep · W - (lr r_i G_ij) c_j, rounded once; to ``weigh``, the sum of their squares before."""
-    squares = 0.0
+    squares, words = 0.0, w_kind == BFLOAT16 and w_column == 1
     rows = buffer.ctypes.data  # by address: an array would be counted in and out, atomically, for every row
     w_size, g_size = 4 if w_kind == FLOAT32 else 2, 4 if g_kind == FLOAT32 else 2
+    direct = w_column == 1 and w_kind != FLOAT16
+    ahead = _PAGE if direct else 0  # a buffer is in cache, with nothing to ask for
+    g_words, split = g_kind == BFLOAT16 and g_column == 1, buffer[_SPLIT]
+    if words or g_words:
+        _split(c, split)
     for i in range(i0, i1):
         w_address, g_address = W + i * w_row * w_size, G + i * g_row * g_size
-        direct = w_kind == FLOAT32 and w_column == 1
-        ahead = _PAGE if direct else 0  # a buffer is in cache, with nothing to ask for
-        if direct:
-            w = _floats(w_address, n)
-        else:
-            _ask_ahead(w_address)
-            w = _floats(rows + 4 * n, n)
-            load(w_address, w_kind, w_column, n, w)
-        if weigh:
-            squares += np.float64(_sum_of_squares(w, None))
-        if g_column == 1 and g_kind == FLOAT32:
-            _update_row(w, _floats(g_address, n), r[i] * lr, c, keep, ahead)
-        elif g_column == 1 and g_kind == BFLOAT16:
-            _update_row(w, _words(g_address, n), r[i] * lr, c, keep, ahead)
-        else:
-            g = _floats(rows, n)
-            load(g_address, g_kind, g_column, n, g)
-            _update_row(w, g, r[i] * lr, c, keep, ahead)
         if not direct:
-            _store(w, w_address, w_kind, w_column, n, stochastic, np.uint32(key), i * n)
+            _ask_ahead(w_address)
+            load(w_address, w_kind, w_column, n, _floats(rows + 4 * n, n))
+            w_address = rows + 4 * n
+        if weigh and words:
+            squares += np.float64(_sum_of_squares(_words(w_address, n)))
+        elif weigh:
+            squares += np.float64(_sum_of_squares(_floats(w_address, n)))
+        if g_column != 1 or g_kind == FLOAT16:
+            load(g_address, g_kind, g_column, n, _floats(rows, n))
+            g_address = rows
+        rate = r[i] * lr
+        if words and g_words and stochastic:
+            _update_row(_words(w_address, n), _words(g_address, n), rate, c, split, keep, ahead, np.uint32(key), i * n)
+        elif words and g_words:
+            _update_row(_words(w_address, n), _words(g_address, n), rate, c, split, keep, ahead, None, 0)
+        elif words and stochastic:
+            _update_row(_words(w_address, n), _floats(g_address, n), rate, c, split, keep, ahead, np.uint32(key), i * n)
+        elif words:
+            _update_row(_words(w_address, n), _floats(g_address, n), rate, c, split, keep, ahead, None, 0)
+        elif g_words:
+            _update_row(_floats(w_address, n), _words(g_address, n), rate, c, split, keep, ahead, None, 0)
+        else:
+            _update_row(_floats(w_address, n), _floats(g_address, n), rate, c, c, keep, ahead, None, 0)
+        if not direct:
+            _store(
+                _floats(w_address, n), W + i * w_row * w_size, w_kind, w_column, n, stochastic, np.uint32(key), i * n
+            )
     return squares
 
 
@@ -472,8 +578,8 @@ MATRIX = np.dtype(
 @jit
 def _vector(length: int) -> Any:
     """(length,) from the beginning of a cache line, unlike NumPy's: loads from two lines cost up to 2 % of a step."""
-    space = np.empty(length + LANES, np.float32)
-    start = -space.ctypes.data // 4 % LANES
+    space = np.empty(length + _LANES, np.float32)
+    start = -space.ctypes.data // 4 % _LANES
     return space[start : start + length]
 
 
@@ -532,7 +638,10 @@ def _team(address: int) -> None:
 
 
 @inlined
-def _update_row(w: Any, g: Any, r: Any, c: Any, keep: Any, ahead: int) -> None:
-    update_ahead(w, g, r, c, keep, len(c) // BLOCK, ahead)
-    for j in range(len(c) // BLOCK * BLOCK, len(c)):
-        w[j] = w[j] * keep - (widen(g[j]) * r) * c[j]
+def _update_row(w: Any, g: Any, r: Any, c: Any, split: Any, keep: Any, ahead: int, key: Any, first: int) -> None:
+    """`cpu_vectors.update`, with what remains of a row after the last whole block."""
+    n = len(c)
+    cpu_vectors.update(w, g, r, split, keep, n // BLOCK, ahead, key, first)
+    for j in range(n // BLOCK * BLOCK, n):
+        moved = widen(w[j]) * keep - (widen(g[j]) * r) * c[j]
+        w[j] = narrow(moved, w[j]) if key is None else bfloat16_of_float_stochastic(moved, key, first, j)
