@@ -1,9 +1,8 @@
-"""The command line as a user runs it: processes of their own, in an empty folder, on real files."""
+"""The command line as a user runs it: a process for each command, in an empty folder, on real files."""
 
 import csv
 import gzip
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from lightning_multinorm.cli import COMMANDS, main
+from tests import commands
 
 LLAMA = """
 trainer: {accelerator: cpu, max_steps: 4, val_check_interval: 2, num_sanity_val_steps: 0, log_every_n_steps: 1}
@@ -40,15 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def command(folder: Path, *args: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "160"}
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_multinorm", *args],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = commands.run(args, folder)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 

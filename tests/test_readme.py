@@ -15,6 +15,7 @@ import pytest
 
 from lightning_multinorm.cli import main
 from lightning_multinorm.strategies import end_communication
+from tests import commands
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,14 +41,20 @@ def subcommand(command: str) -> str:
 
 
 def run(command: str, folder: Path) -> str:
-    """A command of the README, after its installation, in an empty folder."""
+    """A command of the README, in the folder of the first one."""
+    done = commands.run(shlex.split(subcommand(command)), folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_first(command: str, folder: Path) -> None:
+    """The README's first command, after its installation, in an empty folder."""
     _, _, command = command.rpartition("&& ")
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "160"}
     environment["OMP_NUM_THREADS"] = "1"  # other tests run beside it, and threads that share cores wait for each other
     args = shlex.split(command.replace("python", sys.executable, 1))
     done = subprocess.run(args, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def metrics(version: Path) -> list[dict[str, str]]:
@@ -64,7 +71,7 @@ def column(rows: list[dict[str, str]], name: str) -> list[float]:
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which the README's first command has been run."""
     folder = tmp_path_factory.mktemp("quickstart")
-    run(COMMANDS[0], folder)
+    run_first(COMMANDS[0], folder)
     return folder
 
 

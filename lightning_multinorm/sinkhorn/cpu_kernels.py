@@ -47,7 +47,7 @@ SUMS, _TAIL = len(tracing.SUMS), tracing.TAIL
 _LARGEST = np.float32(np.finfo(np.float32).max)
 _TRUSTED_LOW, _TRUSTED_HIGH = np.float32(2.0**-40), np.float32(2.0**40)  # of a root mean square
 _PAGE, _LINES, _LANES = 4096, 16, 16  # bytes; cache lines; floats of one
-_SPAN = 2**21  # bytes of rows that are read a first time before the first of them is read again
+SPAN = 2**21  # bytes of rows that are read a first time before the first of them is read again
 _ONE, _ZERO = np.float32(1), np.float32(0)
 # A buffer's rows: two times four that are worked on, one of zeros, one to convert in, and c and sums for words.
 _ZEROS, _STAGE, _SPLIT, _SUMS, BUFFER = 8, 9, 10, 11, 12
@@ -229,7 +229,7 @@ def _read_first(G: int, kind: int, row: int, i0: int, i1: int, q: Any, sums: Any
     """
     n, size, none = len(sums), 4 if kind == FLOAT32 else 2, (_ZERO, _ZERO, _ZERO, _ZERO)
     p, last = np.empty(4, np.int64), buffer.ctypes.data + _ZEROS * n * 4
-    count = max(1, _SPAN // (4 * row * size)) * 4
+    count = max(1, SPAN // (4 * row * size)) * 4
     for start in range(i0, i1, count):
         stop = min(start + count, i1)
         for columns in (False, True):

@@ -1,8 +1,5 @@
 """The subcommand: what it reads from a configuration, what it prints, and what it refuses."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import torch
 from lightning_multinorm.errors import UsageError
 from lightning_multinorm.planning import Layout, MicroBatch, Precision
 from lightning_multinorm.planning.command import count_devices, layout_of
+from tests import commands
 
 from .plans import planned
 
@@ -56,15 +54,7 @@ def test_strategies_are_read_as_lightning_reads_them() -> None:
 
 
 def command(folder: Path, *args: str, status: int = 0) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_multinorm", "plan", *args],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = commands.run(["plan", *args], folder, COLUMNS="100")
     assert done.returncode == status, done.stdout + done.stderr
     assert status or not done.stderr
     return done.stdout or done.stderr

@@ -77,10 +77,13 @@ def test_several_batches_at_once_are_the_same_to_the_last_bit(threads: int, obse
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_rescaling_changes_no_bit_of_long_rows(dtype: torch.dtype, threads: int, iterations: int) -> None:
+@pytest.mark.parametrize("shape", [(cpu_kernels.PANEL + 37, 301), (150, cpu_kernels.SPAN // 200 + 5)])
+def test_rescaling_changes_no_bit_of_long_rows(
+    dtype: torch.dtype, threads: int, iterations: int, shape: tuple[int, int]
+) -> None:
     """The first iteration has loops of its own unless the matrix is rescaled: both must add up in one order."""
     torch.set_num_threads(threads)
-    G = _heavy(cpu_kernels.PANEL + 37, 301).to(dtype)
+    G = _heavy(*shape).to(dtype)
     r, c, _ = cpu.scalings(G, iterations)
     tiny_r, tiny_c, _ = cpu.scalings(G * 2.0**-80, iterations)  # its row sums are not trusted
     assert torch.equal(tiny_r * 2.0**-80, r)
@@ -119,6 +122,20 @@ def test_stochastic_rounding_is_that_of_rounding(path: object, shape: tuple[int,
     assert not torch.equal(got, fine.bfloat16())
 
 
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [3, 32, 77])
+def test_any_mix_of_dtypes_is_the_step_in_float32_rounded_once(
+    weight: torch.dtype, gradient: torch.dtype, n: int
+) -> None:
+    G, W = _heavy(6, n).to(gradient), torch.randn(6, n).to(weight)
+    exact = W.double() * 0.95 - 0.5 * reference.sr_sinkhorn(G.double(), 5)
+    cpu.update_([W], [G], lr=0.5, weight_decay=0.1)
+    # Half a unit in the last place of the weight, and what the step in float32 is off.
+    error = (W.double() - exact).abs() / (exact.abs() * torch.finfo(weight).eps / 2 + 2e-6 * exact.abs().max())
+    assert error.max() <= 1.01
+
+
 def test_float16_and_float32_weights_ignore_the_seed() -> None:
     for dtype in (torch.float16, torch.float32):
         a, b, G = torch.ones(5, 9, dtype=dtype), torch.ones(5, 9, dtype=dtype), _heavy(5, 9)
@@ -131,8 +148,8 @@ def test_float16_and_float32_weights_ignore_the_seed() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", [None, 5])
 def test_weights_that_are_not_finite_stay_so(value: float, dtype: torch.dtype, seed: int | None) -> None:
-    W = torch.full((3, 4), value, dtype=dtype)
-    cpu.update_([W], [torch.randn(3, 4)], lr=1e-3, seed=seed)
+    W = torch.full((3, 77), value, dtype=dtype)
+    cpu.update_([W], [torch.randn(3, 77)], lr=1e-3, seed=seed)
     assert_close(W, torch.full_like(W, value), equal_nan=True)
 
 
