@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_multinorm.rounding import key
-from lightning_multinorm.sinkhorn import cpu_kernels as kernels
 from lightning_multinorm.sinkhorn import cpu_threads
 from lightning_multinorm.sinkhorn.cpu_intrinsics import bfloat16_of_float, bfloat16_of_float_stochastic, widen
+from lightning_multinorm.sinkhorn.cpu_jit import jit
 
 _BLOCK = 2**16
 
@@ -64,7 +64,7 @@ def step_(
     torch.autograd.graph.increment_version([x for x in (w, m, v) if not x.is_inference()])
 
 
-@kernels.jit
+@jit
 def _step(
     w: Any, g: Any, m: Any, v: Any, keep: Any, beta1: Any, beta2: Any, rate: Any, root: Any, eps: Any,
     w_key: Any, v_key: Any, start: int,

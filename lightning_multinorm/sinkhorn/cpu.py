@@ -18,11 +18,11 @@ from torch import Tensor
 from lightning_multinorm.batch import Batch
 from lightning_multinorm.rounding import key
 from lightning_multinorm.sinkhorn import cpu_kernels as kernels
-from lightning_multinorm.sinkhorn import cpu_threads
+from lightning_multinorm.sinkhorn import cpu_range, cpu_rows, cpu_threads
 from lightning_multinorm.sinkhorn.tracing import SUMS, Tracing
 
 _SHARED = [SUMS.index(name) for name in ("tail", "mean_square")]
-_KINDS = {torch.float32: kernels.FLOAT32, torch.bfloat16: kernels.BFLOAT16, torch.float16: kernels.FLOAT16}
+_KINDS = {torch.float32: cpu_rows.FLOAT32, torch.bfloat16: cpu_rows.BFLOAT16, torch.float16: cpu_rows.FLOAT16}
 _Floats = np.ndarray[Any, np.dtype[np.float32]]
 _Item = TypeVar("_Item")
 
@@ -226,11 +226,11 @@ def _share(part: _Part, k: int, threads: int) -> None:
     residuals, first, r, c, sums = (None if x is None else x[k].numpy() for x in part.kept)
     own = work._replace(r=work.r if r is None else r, c=work.c if c is None else c)
     if not _share_scalings(G, part.iterations, residuals, first, own, threads, scaled=False):
-        kernels.equilibrate(*G, *part.shape, own.a, own.b, own.buffer)
+        cpu_range.equilibrate(*G, *part.shape, own.a, own.b, own.buffer)
         _share_scalings(G, part.iterations, residuals, first, own, threads, scaled=True)
         for scaling, powers in ((own.r, own.a), (own.c, own.b), (first, own.a)):
             if scaling is not None:
-                kernels.unscale(scaling, powers)
+                cpu_range.unscale(scaling, powers)
     if part.Ws is not None:
         weights = _share_update(part, k, own, threads)
         if first is not None and sums is not None:
@@ -277,7 +277,7 @@ def _share_scalings(
         _run(read, list(enumerate(panels)), m, n, threads)
         total = np.add.reduce(partial, axis=0)
         kernels.rms_of_columns(total, m)
-        if not scaled and not kernels.trusted(*G, work.r, work.c, work.q, total, k == 0):
+        if not scaled and not cpu_range.trusted(*G, work.r, work.c, work.q, total, k == 0):
             return False
         if residuals is not None and k > 0:
             residuals[k - 1, 0] = kernels.residual(work.q, work.r)

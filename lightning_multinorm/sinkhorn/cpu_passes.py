@@ -1,7 +1,6 @@
 """`sharded`'s passes over local parts on the CPU, compiled by Numba: float32, bfloat16 and float16, sums in float32.
 
-Threads take one part after another. Uses the row loops of `cpu_kernels`; after a change there touch this file, whose
-cached machine code would not notice.
+Threads take one part after another.
 
 Legend: G gradient (k, l) and W weight, parts of matrices; r, c scalings; R row sums, C column sums of ((r G) c)².
 """
@@ -16,11 +15,12 @@ from torch import Tensor
 
 from lightning_multinorm.rounding import key
 from lightning_multinorm.sinkhorn import cpu_kernels as kernels
-from lightning_multinorm.sinkhorn import cpu_threads
+from lightning_multinorm.sinkhorn import cpu_rows, cpu_threads
 from lightning_multinorm.sinkhorn.cpu_intrinsics import add
+from lightning_multinorm.sinkhorn.cpu_jit import jit
 from lightning_multinorm.sinkhorn.sharded import LIFT, Part
 
-_KINDS = {torch.float32: kernels.FLOAT32, torch.bfloat16: kernels.BFLOAT16, torch.float16: kernels.FLOAT16}
+_KINDS = {torch.float32: cpu_rows.FLOAT32, torch.bfloat16: cpu_rows.BFLOAT16, torch.float16: cpu_rows.FLOAT16}
 _LIFT, _ZERO = np.float32(LIFT), np.float32(0)
 
 
@@ -102,11 +102,11 @@ def _each(task: Callable[[Part, Any], None], parts: Sequence[Part]) -> None:
         future.result()
 
 
-@kernels.jit
+@jit
 def _take_largest(G: int, kind: int, row: int, column: int, m: int, n: int, R: Any, buffer: Any) -> None:
-    size, x = 4 if kind == kernels.FLOAT32 else 2, buffer[0]
+    size, x = 4 if kind == cpu_rows.FLOAT32 else 2, buffer[0]
     for i in range(m):
-        kernels.load(G + i * row * size, kind, column, n, x)
+        cpu_rows.load(G + i * row * size, kind, column, n, x)
         largest = R[i]
         for j in range(n):
             # Written so that NaN wins, and stays.
@@ -114,13 +114,13 @@ def _take_largest(G: int, kind: int, row: int, column: int, m: int, n: int, R: A
         R[i] = largest
 
 
-@kernels.jit
+@jit
 def _add_row_sums(
     G: int, kind: int, row: int, column: int, m: int, n: int, r: Any, c: Any, R: Any, buffer: Any
 ) -> None:
-    size, x = 4 if kind == kernels.FLOAT32 else 2, buffer[0]
+    size, x = 4 if kind == cpu_rows.FLOAT32 else 2, buffer[0]
     for i in range(m):
-        kernels.load(G + i * row * size, kind, column, n, x)
+        cpu_rows.load(G + i * row * size, kind, column, n, x)
         scale, total = r[i], _ZERO
         for j in range(n):
             y = (x[j] * scale) * c[j]
@@ -128,18 +128,18 @@ def _add_row_sums(
         R[i] += total
 
 
-@kernels.jit
+@jit
 def _add_column_sums(
     G: int, kind: int, row: int, column: int, m: int, n: int, r: Any, c: Any, C: Any, lifted: Any, lift: bool,
     buffer: Any,
 ) -> None:  # fmt: skip
     """In panels, as `cpu_kernels`: fewer roundings."""
-    size, x, sums, lifted_sums = 4 if kind == kernels.FLOAT32 else 2, buffer[0], buffer[1], buffer[2]
+    size, x, sums, lifted_sums = 4 if kind == cpu_rows.FLOAT32 else 2, buffer[0], buffer[1], buffer[2]
     for i0 in range(0, m, kernels.PANEL):
         sums[:] = _ZERO
         lifted_sums[:] = _ZERO
         for i in range(i0, min(i0 + kernels.PANEL, m)):
-            kernels.load(G + i * row * size, kind, column, n, x)
+            cpu_rows.load(G + i * row * size, kind, column, n, x)
             scale = r[i]
             for j in range(n):
                 y = (x[j] * scale) * c[j]

@@ -1,10 +1,12 @@
 """The CPU path: threads, strides, stochastic rounding, and what it tells autograd and a forked child."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.testing import assert_close
 
 from lightning_multinorm.batch import Batch
 from lightning_multinorm.rounding import noise, round_to_bfloat16
-from lightning_multinorm.sinkhorn import cpu, cpu_kernels, eager, reference
+from lightning_multinorm.sinkhorn import cpu, cpu_jit, cpu_kernels, eager, reference
 
 
 @pytest.fixture(autouse=True)
@@ -171,6 +173,16 @@ def test_float64_is_refused_with_the_way_out() -> None:
 def test_what_addresses_would_not_tell_is_refused(weights: list[Tensor], gradients: list[Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cpu.update_(weights, gradients, lr=1.0)
+
+
+def test_machine_code_is_kept_by_what_all_of_its_files_contain(tmp_path: Path) -> None:
+    for source in Path(cpu_jit.__file__).parent.glob("cpu_*.py"):
+        shutil.copy(source, tmp_path)
+    assert cpu_kernels.work.py_func.__qualname__ == f"work_{cpu_jit.version(tmp_path)}"
+    with (tmp_path / "cpu_rows.py").open("a") as file:
+        file.write("\n")
+    cpu_jit.version.cache_clear()
+    assert cpu_jit.version(tmp_path) != cpu_jit.version()
 
 
 def test_autograd_notices_the_update() -> None:
