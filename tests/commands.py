@@ -7,6 +7,7 @@ import atexit
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,9 +35,10 @@ def run(args: Sequence[str], folder: Path, limit: int = 300, **variables: str) -
     request = {"args": list(args), "folder": str(folder), "environment": environment, "limit": limit}
     server.stdin.write(json.dumps(request | {"output": str(output)}) + "\n")
     server.stdin.flush()
-    status = int(server.stdout.readline())
+    answer = server.stdout.readline()
+    assert answer, "the process that forks for commands has ended"
     texts = [Path(f"{output}.{number}") for number in (1, 2)]
-    done = subprocess.CompletedProcess(list(args), status, *(text.read_text() for text in texts))
+    done = subprocess.CompletedProcess(list(args), int(answer), *(text.read_text() for text in texts))
     for text in texts:
         text.unlink()
     return done
@@ -64,8 +66,6 @@ def _serve() -> dict[str, Any] | None:
 
 def _become(args: Sequence[str], folder: str, environment: Mapping[str, str], limit: int, output: str) -> None:
     """What a new process has of its own: arguments, directory, environment, and where its output goes."""
-    import signal
-
     signal.alarm(limit)
     for number in (1, 2):
         file = os.open(f"{output}.{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

@@ -127,7 +127,7 @@ def split(x: Any, out: Any) -> None:
 
 @inlined
 def join(x: Any, out: Any) -> None:
-    """The way back of `_split`."""
+    """The way back of `split`."""
     n = len(x)
     for j in range(0, n // BLOCK * BLOCK, BLOCK):
         for k in range(WIDTH):
