@@ -8,7 +8,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 _I8, _I16, _I32, _FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
-_EXPONENT, _QUIET_NAN = 0x7F800000, 0x7FC00000
+_QUIET_NAN = 0x7FC00000
 
 
 @intrinsic
@@ -143,20 +143,18 @@ def _upper_half(builder: Any, bits: Any) -> Any:
 def rounded(builder: Any, x: Any, noise: Any = None) -> Any:
     """The bits of x, a float or a vector of them, whose upper halves are x in bfloat16; what the lower are is open.
 
-    To nearest, ties to even, or stochastically by ``noise``, entries' numbers xor the key. Infinity is left alone, and
-    a NaN does not turn into it.
+    To nearest, ties to even, or stochastically by ``noise``, entries' numbers xor the key. Infinity, whose lower half
+    is 0, stays it, and a NaN does not turn into it.
     """
     kind = ir.VectorType(_I32, x.type.count) if isinstance(x.type, ir.VectorType) else _I32
-    exponent, sixteen = constant(kind, _EXPONENT), constant(kind, 16)
+    sixteen = constant(kind, 16)
     bits = builder.bitcast(x, kind)
     if noise is None:
         odd = builder.and_(builder.lshr(bits, sixteen), constant(kind, 1))
         up = builder.add(odd, constant(kind, 0x7FFF))
     else:
         up = builder.lshr(_lowbias32(builder, noise), sixteen)
-    finite = builder.icmp_unsigned("!=", builder.and_(bits, exponent), exponent)
-    bits = builder.select(finite, builder.add(bits, up), bits)
-    return builder.select(builder.fcmp_unordered("uno", x, x), constant(kind, _QUIET_NAN), bits)
+    return builder.select(builder.fcmp_unordered("uno", x, x), constant(kind, _QUIET_NAN), builder.add(bits, up))
 
 
 def _lowbias32(builder: Any, x: Any) -> Any:
