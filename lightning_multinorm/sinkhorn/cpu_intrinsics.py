@@ -4,7 +4,6 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 _I8, _I16, _I32, _FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
@@ -30,24 +29,6 @@ def take(typingctx: Any, address: Any) -> Any:
         return builder.atomic_rmw("add", where, ir.IntType(64)(1), "monotonic")
 
     return types.int64(types.intp), codegen
-
-
-@intrinsic
-def prefetch(typingctx: Any, address: Any) -> Any:
-    """Have the cache line at ``address`` brought into the second-level cache; any address will do, nothing is read."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        prefetch_at(builder, builder.inttoptr(arguments[0], _I8.as_pointer()))
-        return context.get_dummy_value()
-
-    return types.none(types.intp), codegen
-
-
-def prefetch_at(builder: Any, where: Any) -> None:
-    """The code of `prefetch`, for a pointer to bytes."""
-    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    builder.call(function, [where, _I32(0), _I32(2), _I32(1)])  # to be read, used twice or so, data
 
 
 @intrinsic

@@ -24,12 +24,14 @@ from lightning_multinorm.sinkhorn.cpu_rows import (
     ONE,
     PAGE,
     ZERO,
-    ask_ahead,
     floats,
-    four_floats,
+    four,
+    four_inverses,
+    four_places,
+    four_rms,
     four_rows,
-    four_words,
     inverse,
+    itemsize,
     join,
     load,
     rms,
@@ -60,90 +62,88 @@ def read_rows(
     diag(a) G diag(b) takes the place of G. Rows beyond i1 are zeros, so q needs room for three more. Bfloat16 is read
     as it is, and put back into bfloat16 when scaled, which is exact: one loop, and so one order of summation, for both.
     """
-    direct = column == 1 and kind != FLOAT16 and not scaled
     if kind == BFLOAT16:
         own, scaling = buffer[_SUMS], buffer[_SPLIT]
         own[:] = ZERO
-        if c is None and direct:
-            _read_first(G, kind, row, i0, i1, q, own, buffer)
-        elif c is None:
-            _read_again(G, kind, row, column, direct, i0, i1, a, b, scaled, None, q, own, buffer)
+        if c is None:
+            _read(G, kind, row, column, i0, i1, a, b, scaled, None, q, own, buffer, np.uint16)
         else:
             split(c, scaling)
-            _read_again(G, kind, row, column, direct, i0, i1, a, b, scaled, scaling, q, own, buffer)
+            _read(G, kind, row, column, i0, i1, a, b, scaled, scaling, q, own, buffer, np.uint16)
         join(own, sums)
     else:
         sums[:] = ZERO
-        if c is None and direct:
-            _read_first(G, kind, row, i0, i1, q, sums, buffer)
-        else:
-            _read_again(G, kind, row, column, direct, i0, i1, a, b, scaled, c, q, sums, buffer)
+        _read(G, kind, row, column, i0, i1, a, b, scaled, c, q, sums, buffer, np.float32)
 
 
 @jit
-def _read_first(G: int, kind: int, row: int, i0: int, i1: int, q: Any, sums: Any, buffer: Any) -> None:
+def _read(
+    G: int, kind: int, row: int, column: int, i0: int, i1: int,
+    a: Any, b: Any, scaled: bool, c: Any, q: Any, sums: Any, buffer: Any, dtype: Any,
+) -> None:  # fmt: skip
+    """`read_rows`, where c and sums lie in the order of ``dtype``: np.float32, or np.uint16 for bfloat16's words."""
+    direct = column == 1 and kind != FLOAT16 and not scaled
+    if c is None and direct:
+        _read_first(G, kind, row, i0, i1, q, sums, buffer, dtype)
+    else:
+        _read_again(G, kind, row, column, direct, i0, i1, a, b, scaled, c, q, sums, buffer, dtype)
+
+
+@jit
+def _read_first(G: int, kind: int, row: int, i0: int, i1: int, q: Any, sums: Any, buffer: Any, dtype: Any) -> None:
     """Some rows' sums while they come from memory, and only then their columns'.
 
     A row would still be in the nearest cache right after its sum. But of the lines that the last-level cache was given
     and not asked for again, many are gone by the next iteration: up to a tenth of a step is lost that way.
     """
-    n, size, none = len(sums), 4 if kind == FLOAT32 else 2, (ZERO, ZERO, ZERO, ZERO)
-    p, last = np.empty(4, np.int64), buffer.ctypes.data + _ZEROS * n * 4
-    count = max(1, SPAN // (4 * n * size)) * 4
+    n, bytes_of_row, zeros = len(sums), row * itemsize(kind), buffer.ctypes.data + _ZEROS * 4 * len(sums)
+    count = max(1, SPAN // (4 * n * itemsize(kind))) * 4
     for start in range(i0, i1, count):
         stop = min(start + count, i1)
-        for columns in (False, True):
-            for i in range(start, stop, 4):
-                for k in range(4):
-                    p[k] = G + (i + k) * row * size if i + k < i1 else last
-                if columns:
-                    r = (inverse(q[i]), inverse(q[i + 1]), inverse(q[i + 2]), inverse(q[i + 3]))
-                    if kind == BFLOAT16:
-                        four_rows(None, None, four_words(p, 0, n), r, sums)
-                    else:
-                        four_rows(None, None, four_floats(p, 0, n), r, sums)
-                else:
-                    if kind == BFLOAT16:
-                        s = four_rows(four_words(p, 0, n), None, None, none, sums)
-                    else:
-                        s = four_rows(four_floats(p, 0, n), None, None, none, sums)
-                    q[i], q[i + 1], q[i + 2], q[i + 3] = rms(s[0], n), rms(s[1], n), rms(s[2], n), rms(s[3], n)
+        for i in range(start, stop, 4):
+            x = four_places(G, bytes_of_row, i, i1, zeros)
+            s = four_rows(four(x, n, dtype), None, None, (ZERO, ZERO, ZERO, ZERO), sums)
+            q[i], q[i + 1], q[i + 2], q[i + 3] = four_rms(s, n)
+        for i in range(start, stop, 4):
+            y = four_places(G, bytes_of_row, i, i1, zeros)
+            four_rows(None, None, four(y, n, dtype), four_inverses(q, i), sums)
 
 
 @jit
 def _read_again(
     G: int, kind: int, row: int, column: int, direct: bool, i0: int, i1: int,
-    a: Any, b: Any, scaled: bool, c: Any, q: Any, sums: Any, buffer: Any,
+    a: Any, b: Any, scaled: bool, c: Any, q: Any, sums: Any, buffer: Any, dtype: Any,
 ) -> None:  # fmt: skip
     """The sums of four rows together with the columns of the four before, which lie in the nearest cache.
 
     In one loop, so that the next rows arrive while there is much to compute. It begins and ends with rows of zeros.
     """
-    n, size, space = len(sums), 4 if kind == FLOAT32 else 2, buffer.ctypes.data
-    p, r, half = np.empty(8, np.int64), (ZERO, ZERO, ZERO, ZERO), 0
-    p[4:] = space + _ZEROS * n * 4
+    n, bytes_of_row, space = len(sums), row * itemsize(kind), buffer.ctypes.data
+    zeros = space + _ZEROS * 4 * n
+    y, r = (zeros, zeros, zeros, zeros), (ZERO, ZERO, ZERO, ZERO)
     for i in range(i0, i1 + 4, 4):
-        for k in range(4):
-            if i + k >= i1:
-                p[k] = space + _ZEROS * n * 4
-            elif direct:
-                p[k] = G + (i + k) * row * size
-            else:
-                p[k] = space + (half + k) * n * 4
-                load(G + (i + k) * row * size, kind, column, n, buffer[_STAGE])
-                if scaled:
-                    scale(buffer[_STAGE], a[i + k], b, n)
-                store(buffer[_STAGE], p[k], BFLOAT16 if kind == BFLOAT16 else FLOAT32, 1, n, False, np.uint32(0), 0)
-        half = 4 - half
-        if kind == BFLOAT16:
-            s = four_rows(four_words(p, 0, n), c, four_words(p, 4, n), r, sums)
+        if direct:
+            x = four_places(G, bytes_of_row, i, i1, zeros)
         else:
-            s = four_rows(four_floats(p, 0, n), c, four_floats(p, 4, n), r, sums)
+            first = (i - i0) % 8  # rows of the buffer, by turns: the four before lie in the others
+            x = four_places(space + first * 4 * n, 4 * n, 0, i1 - i, zeros)
+            for k in range(min(4, i1 - i)):
+                _convert(G + (i + k) * bytes_of_row, kind, column, n, a[i + k], b, scaled, x[k], buffer[_STAGE])
+        s = four_rows(four(x, n, dtype), c, four(y, n, dtype), r, sums)
         if i < i1:
-            q[i], q[i + 1], q[i + 2], q[i + 3] = rms(s[0], n), rms(s[1], n), rms(s[2], n), rms(s[3], n)
-            r = (inverse(q[i]), inverse(q[i + 1]), inverse(q[i + 2]), inverse(q[i + 3]))
-            for k in range(4):
-                p[4 + k] = p[k]
+            q[i], q[i + 1], q[i + 2], q[i + 3] = four_rms(s, n)
+            y, r = x, four_inverses(q, i)
+
+
+@jit
+def _convert(
+    address: int, kind: int, column: int, n: int, a: Any, b: Any, scaled: bool, place: int, stage: Any
+) -> None:  # fmt: skip
+    """At ``place``, the row at ``address`` side by side, a · row · b if ``scaled``: bfloat16 as it is, else float32."""
+    load(address, kind, column, n, stage)
+    if scaled:
+        scale(stage, a, b, n)
+    store(stage, place, BFLOAT16 if kind == BFLOAT16 else FLOAT32, 1, n, False, np.uint32(0), 0)
 
 
 @jit
@@ -278,18 +278,16 @@ def update(
     """Rows i0..i1 of W <- keep · W - (lr r_i G_ij) c_j, rounded once; to ``weigh``, the sum of their squares before."""
     squares, w_words = 0.0, w_kind == BFLOAT16 and w_column == 1
     space = buffer.ctypes.data  # by address: an array would be counted in and out, atomically, for every row
-    w_size, g_size = 4 if w_kind == FLOAT32 else 2, 4 if g_kind == FLOAT32 else 2
     direct = w_column == 1 and w_kind != FLOAT16
     ahead = PAGE if direct else 0  # a buffer is in cache, with nothing to ask for
     g_words, split_c = g_kind == BFLOAT16 and g_column == 1, buffer[_SPLIT]
     if w_words or g_words:
         split(c, split_c)
     for i in range(i0, i1):
-        w_address, g_address = W + i * w_row * w_size, G + i * g_row * g_size
+        place, g_address = W + i * w_row * itemsize(w_kind), G + i * g_row * itemsize(g_kind)
+        w_address = place if direct else space + 4 * n
         if not direct:
-            ask_ahead(w_address)
-            load(w_address, w_kind, w_column, n, floats(space + 4 * n, n))
-            w_address = space + 4 * n
+            load(place, w_kind, w_column, n, floats(w_address, n))
         if weigh and w_words:
             squares += np.float64(sum_of_squares(words(w_address, n)))
         elif weigh:
@@ -311,7 +309,7 @@ def update(
         else:
             update_row(floats(w_address, n), floats(g_address, n), rate, c, c, keep, ahead, None, 0)
         if not direct:
-            store(floats(w_address, n), W + i * w_row * w_size, w_kind, w_column, n, stochastic, np.uint32(key), i * n)
+            store(floats(w_address, n), place, w_kind, w_column, n, stochastic, np.uint32(key), i * n)
     return squares
 
 

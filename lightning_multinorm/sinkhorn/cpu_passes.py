@@ -21,7 +21,7 @@ from lightning_multinorm.sinkhorn.cpu_jit import jit
 from lightning_multinorm.sinkhorn.sharded import LIFT, Part
 
 _KINDS = {torch.float32: cpu_rows.FLOAT32, torch.bfloat16: cpu_rows.BFLOAT16, torch.float16: cpu_rows.FLOAT16}
-_LIFT, _ZERO = np.float32(LIFT), np.float32(0)
+_LIFT = np.float32(LIFT)
 
 
 def take_largest(parts: Sequence[Part]) -> None:
@@ -104,7 +104,7 @@ def _each(task: Callable[[Part, Any], None], parts: Sequence[Part]) -> None:
 
 @jit
 def _take_largest(G: int, kind: int, row: int, column: int, m: int, n: int, R: Any, buffer: Any) -> None:
-    size, x = 4 if kind == cpu_rows.FLOAT32 else 2, buffer[0]
+    size, x = cpu_rows.itemsize(kind), buffer[0]
     for i in range(m):
         cpu_rows.load(G + i * row * size, kind, column, n, x)
         largest = R[i]
@@ -118,10 +118,10 @@ def _take_largest(G: int, kind: int, row: int, column: int, m: int, n: int, R: A
 def _add_row_sums(
     G: int, kind: int, row: int, column: int, m: int, n: int, r: Any, c: Any, R: Any, buffer: Any
 ) -> None:
-    size, x = 4 if kind == cpu_rows.FLOAT32 else 2, buffer[0]
+    size, x = cpu_rows.itemsize(kind), buffer[0]
     for i in range(m):
         cpu_rows.load(G + i * row * size, kind, column, n, x)
-        scale, total = r[i], _ZERO
+        scale, total = r[i], cpu_rows.ZERO
         for j in range(n):
             y = (x[j] * scale) * c[j]
             total = add(total, y * y)
@@ -134,10 +134,10 @@ def _add_column_sums(
     buffer: Any,
 ) -> None:  # fmt: skip
     """In panels, as `cpu_kernels`: fewer roundings."""
-    size, x, sums, lifted_sums = 4 if kind == cpu_rows.FLOAT32 else 2, buffer[0], buffer[1], buffer[2]
+    size, x, sums, lifted_sums = cpu_rows.itemsize(kind), buffer[0], buffer[1], buffer[2]
     for i0 in range(0, m, kernels.PANEL):
-        sums[:] = _ZERO
-        lifted_sums[:] = _ZERO
+        sums[:] = cpu_rows.ZERO
+        lifted_sums[:] = cpu_rows.ZERO
         for i in range(i0, min(i0 + kernels.PANEL, m)):
             cpu_rows.load(G + i * row * size, kind, column, n, x)
             scale = r[i]

@@ -14,7 +14,7 @@ import numpy as np
 
 from lightning_multinorm.sinkhorn.cpu_intrinsics import bits_of_float, float_of_bits
 from lightning_multinorm.sinkhorn.cpu_jit import jit
-from lightning_multinorm.sinkhorn.cpu_rows import FLOAT32, LARGEST, ONE, ZERO, floats, load, words
+from lightning_multinorm.sinkhorn.cpu_rows import FLOAT32, LARGEST, ONE, ZERO, floats, itemsize, load, words
 
 _TRUSTED_LOW, _TRUSTED_HIGH = np.float32(2.0**-40), np.float32(2.0**40)  # of a root mean square
 
@@ -30,7 +30,7 @@ def trusted(G: int, kind: int, row: int, column: int, r: Any, c: Any, q: Any, p:
         return False
     if not (zeros(q, m) or zeros(p, n)):
         return True
-    size = 4 if kind == FLOAT32 else 2
+    size = itemsize(kind)
     for i in range(m):
         if q[i] == ZERO and r[i] != ZERO and not (first and _is_zero(G + i * row * size, kind, column, n)):
             return False
@@ -74,8 +74,7 @@ def _is_zero(address: int, kind: int, stride: int, n: int) -> bool:
 @jit
 def equilibrate(G: int, kind: int, row: int, column: int, m: int, n: int, a: Any, b: Any, buffer: Any) -> None:
     """a, b <- powers of two that bring the largest entry of every row, then of every column, into [1/2, 1)."""
-    size = 4 if kind == FLOAT32 else 2
-    x = buffer[0]
+    size, x = itemsize(kind), buffer[0]
     for j in range(n):
         b[j] = ZERO
     for i in range(m):

@@ -20,7 +20,6 @@ from lightning_multinorm.sinkhorn.cpu_intrinsics import (
     half_of_float,
     narrow,
     pointer,
-    prefetch,
     widen,
 )
 from lightning_multinorm.sinkhorn.cpu_jit import inlined, jit
@@ -30,7 +29,6 @@ FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 PAGE = 4096  # bytes
 LARGEST = np.float32(np.finfo(np.float32).max)
 ONE, ZERO = np.float32(1), np.float32(0)
-_LINES = 16
 
 
 @jit
@@ -43,14 +41,32 @@ def words(address: int, n: int) -> Any:
     return carray(pointer(address), (n,), np.uint16)
 
 
-@inlined
-def four_floats(p: Any, first: int, n: int) -> Any:
-    return (floats(p[first], n), floats(p[first + 1], n), floats(p[first + 2], n), floats(p[first + 3], n))
+@jit
+def itemsize(kind: int) -> int:
+    return 4 if kind == FLOAT32 else 2
 
 
 @inlined
-def four_words(p: Any, first: int, n: int) -> Any:
-    return (words(p[first], n), words(p[first + 1], n), words(p[first + 2], n), words(p[first + 3], n))
+def four_places(address: int, bytes_of_row: int, i: int, end: int, zeros: int) -> Any:
+    """The addresses of rows i to i + 3, the first row being at ``address``; of those from ``end`` on, ``zeros``."""
+    start = address + i * bytes_of_row
+    return (
+        start if i < end else zeros,
+        start + bytes_of_row if i + 1 < end else zeros,
+        start + 2 * bytes_of_row if i + 2 < end else zeros,
+        start + 3 * bytes_of_row if i + 3 < end else zeros,
+    )
+
+
+@inlined
+def four(places: Any, n: int, dtype: Any) -> Any:
+    """Rows of n entries at four addresses."""
+    return (
+        carray(pointer(places[0]), (n,), dtype),
+        carray(pointer(places[1]), (n,), dtype),
+        carray(pointer(places[2]), (n,), dtype),
+        carray(pointer(places[3]), (n,), dtype),
+    )
 
 
 @jit
@@ -148,22 +164,22 @@ def inverse(x: Any) -> Any:
 
 
 @inlined
+def four_rms(s: Any, count: int) -> Any:
+    return rms(s[0], count), rms(s[1], count), rms(s[2], count), rms(s[3], count)
+
+
+@inlined
+def four_inverses(q: Any, i: int) -> Any:
+    return inverse(q[i]), inverse(q[i + 1]), inverse(q[i + 2]), inverse(q[i + 3])
+
+
+@inlined
 def sum_of_squares(x: Any) -> Any:
     s = ZERO
     for j in range(len(x)):
         y = widen(x[j])
         s = add(s, y * y)
     return s
-
-
-@jit
-def ask_ahead(address: int) -> None:
-    """Ask for some lines one page further on, as the processor's own prefetchers stop at the border of a page.
-
-    For what comes from memory, not from a cache. Of 8 to 48 lines, 16 measured best; all 48 of a row cost time.
-    """
-    for line in range(_LINES):
-        prefetch(address + PAGE + 64 * line)
 
 
 @inlined

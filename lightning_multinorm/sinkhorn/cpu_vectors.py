@@ -2,7 +2,10 @@
 
 Rows are taken by blocks of two vectors. Of float32 these are a block's halves. Bfloat16 is read as words of 32 bits,
 whose lower and upper halves are a block's even and odd columns: one shift or one mask widens them, where taking them in
-order needs shuffles too. What goes along with such rows, c and the sums, has to lie in that order: `split`, `join`.
+order needs shuffles too. What goes along with such rows, c and the sums, has to lie in that order: `cpu_rows.split`.
+
+Legend: rows x, y and g of the gradient and w of the weight, each (n); r the scaling of a row, c (n) of the columns; j
+the first column of a block.
 """
 
 from collections.abc import Iterator
@@ -16,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-from lightning_multinorm.sinkhorn.cpu_intrinsics import constant, prefetch_at, rounded
+from lightning_multinorm.sinkhorn.cpu_intrinsics import constant, rounded
 
 WIDTH = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8  # floats of a vector
 BLOCK = 2 * WIDTH
@@ -74,9 +77,7 @@ def update(
         W, G, C = (_pointers(context, builder, signature.args[k], arguments[k])[0] for k in (0, 1, 3))
         r, keep = _filled(builder, arguments[2]), _filled(builder, arguments[4])
         in_order = W.type == G.type == _FLOAT.as_pointer()
-        noise = None
-        if signature.args[7] != types.none:
-            key = _filled(builder, arguments[7])
+        key = None if signature.args[7] == types.none else _filled(builder, arguments[7])
         with _blocks(builder, arguments[5]) as j:
             _prefetch_block(builder, W, j, arguments[6])
             w, g, c = _block(builder, W, j, in_order), _block(builder, G, j, in_order), _block(builder, C, j)
@@ -85,16 +86,13 @@ def update(
                 kept = builder.fmul(w[half], keep, flags=_CONTRACT)
                 w[half] = builder.fsub(kept, step, flags=_CONTRACT)
                 if W.type != _FLOAT.as_pointer():
-                    if signature.args[7] != types.none:
-                        entries = _filled(builder, builder.trunc(builder.add(arguments[8], j), _I32))
-                        entries = builder.add(entries, ir.Constant(_WORDS, columns))
-                        noise = builder.xor(entries, key)
-                    w[half] = rounded(builder, w[half], noise)
+                    entry = _filled(builder, builder.trunc(builder.add(arguments[8], j), _I32))
+                    entries = builder.add(entry, ir.Constant(_WORDS, columns))
+                    w[half] = rounded(builder, w[half], None if key is None else builder.xor(entries, key))
             _store_block(builder, w, W, j, in_order)
         return context.get_dummy_value()
 
-    signature = (w, g, types.float32, c, types.float32, types.intp, types.intp, key, types.intp)
-    return types.none(*signature), codegen
+    return types.none(w, g, types.float32, c, types.float32, types.intp, types.intp, key, types.intp), codegen
 
 
 def _pointers(context: Any, builder: Any, kind: Any, value: Any) -> list[Any]:
@@ -140,9 +138,13 @@ def _store_block(builder: Any, vectors: list[Any], row: Any, j: Any, in_order: b
 
 
 def _prefetch_block(builder: Any, row: Any, j: Any, ahead: Any) -> None:
+    """Have a block's lines brought into the second-level cache, early; any address will do, nothing is read."""
+    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
     where = builder.gep(builder.bitcast(builder.gep(row, [j]), _I8.as_pointer()), [ahead])
     for line in range(0, BLOCK * (4 if row.type == _FLOAT.as_pointer() else 2), _LINE):
-        prefetch_at(builder, builder.gep(where, [_I64(line)]))
+        # To be read, used twice or so, data.
+        builder.call(prefetch, [builder.gep(where, [_I64(line)]), _I32(0), _I32(2), _I32(1)])
 
 
 def _upper(builder: Any, words: Any) -> Any:
