@@ -22,7 +22,6 @@ from lightning_multinorm.sinkhorn.cpu_rows import (
     FLOAT16,
     FLOAT32,
     ONE,
-    PAGE,
     ZERO,
     floats,
     four,
@@ -46,7 +45,7 @@ from lightning_multinorm.sinkhorn.cpu_rows import (
 PANEL = 256  # rows whose column sums are added up before they join the total: fewer roundings, and a unit of work
 SPAN = 2**21  # bytes of rows that are read a first time before the first of them is read again
 SUMS, _TAIL = len(tracing.SUMS), tracing.TAIL
-_LANES = 16  # floats of a cache line
+_LANES, _PAGE = 16, 4096  # floats of a cache line; bytes
 # A buffer's rows: two times four that are worked on, one of zeros, one to convert in, and c and sums for words.
 _ZEROS, _STAGE, _SPLIT, _SUMS, BUFFER = 8, 9, 10, 11, 12
 
@@ -279,7 +278,7 @@ def update(
     squares, w_words = 0.0, w_kind == BFLOAT16 and w_column == 1
     space = buffer.ctypes.data  # by address: an array would be counted in and out, atomically, for every row
     direct = w_column == 1 and w_kind != FLOAT16
-    ahead = PAGE if direct else 0  # a buffer is in cache, with nothing to ask for
+    ahead = _PAGE if direct else 0  # a buffer is in cache, with nothing to ask for
     g_words, split_c = g_kind == BFLOAT16 and g_column == 1, buffer[_SPLIT]
     if w_words or g_words:
         split(c, split_c)

@@ -26,7 +26,6 @@ from lightning_multinorm.sinkhorn.cpu_jit import inlined, jit
 from lightning_multinorm.sinkhorn.cpu_vectors import BLOCK, WIDTH
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
-PAGE = 4096  # bytes
 LARGEST = np.float32(np.finfo(np.float32).max)
 ONE, ZERO = np.float32(1), np.float32(0)
 
